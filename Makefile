@@ -1,0 +1,33 @@
+# Every target sets up what it needs first; scripts/bootstrap.py skips what is already there.
+PYTHON ?= python3
+BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
+ifdef COMFYUI_DIR  # a user's own checkout: nothing is written into it, no bytecode either
+export PYTHONDONTWRITEBYTECODE := 1
+endif
+
+.PHONY: demo test lint bench setup clean distclean
+.DEFAULT_GOAL := demo
+
+demo: setup  ## one prompt through ComfyUI alone and through both nodes: a table and a picture
+	@$(BIN)/python scripts/demo.py
+
+test: lint  ## lint, then every test that can run here
+	$(BIN)/pytest
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/codespell
+	PYTHONPATH=build/lint $(BIN)/lint-imports --no-logo
+	$(BIN)/basedpyright
+
+bench: setup  ## speed on a denoiser heavy enough to tell
+	@$(BIN)/python scripts/bench.py
+
+setup:
+	@$(PYTHON) scripts/bootstrap.py
+
+clean:  ## what the set-up can make again in seconds
+	rm -rf build .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+distclean: clean  ## also the environment and ComfyUI
+	rm -rf .venv .comfyui

@@ -1,0 +1,7 @@
+"""Leapfrog: one generation, several GPUs. ComfyUI imports this package; a test runner that imports it bare gets nothing."""
+
+if __package__:
+    from .nodes import comfy_entrypoint
+
+    WEB_DIRECTORY = "./web"
+    __all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

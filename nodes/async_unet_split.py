@@ -1,0 +1,92 @@
+"""The node Async UNet Split."""
+
+from __future__ import annotations
+
+import logging
+from inspect import cleandoc
+
+from comfy_api.v0_0_2 import io
+
+from ..parallel_backend import LeapfrogError, SplitDenoiser, SplitPlan
+from ..parallel_backend.units import find_units
+from .recipe import comfy_host, patches_of, recipe_of
+from .standin import StandInPatcher
+
+log = logging.getLogger("leapfrog")
+
+
+class AsyncUNetSplit(io.ComfyNode):
+    """
+    Cuts the denoiser into components, one per device, that all compute at the same time (AsyncDiff).
+
+    Each device holds only its own part of the weights. U-Nets (Stable Diffusion) and Flux. Put it after LoRA nodes or
+    before them; keep loaders, samplers and everything else as they are. With a single device the MODEL passes through.
+    """
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="LeapfrogAsyncUNetSplit",
+            display_name="Async UNet Split",
+            category="advanced/multigpu",
+            description=cleandoc(cls.__doc__ or ""),
+            search_aliases=["leapfrog", "asyncdiff", "multi gpu", "parallel", "pipeline", "split model"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to spread over several devices, from a stock loader."),
+                io.String.Input(
+                    "devices",
+                    default="auto",
+                    tooltip="'auto': all GPUs, or two processes on the CPU where there is none. Or a list: '0,1', 'cpu,cpu'.",
+                ),
+                io.Int.Input(
+                    "components",
+                    default=0,
+                    min=0,
+                    max=8,
+                    tooltip="Parts to cut the denoiser into, one per device. 0: as many as there are devices.",
+                ),
+                io.Int.Input(
+                    "warmup_steps",
+                    default=3,
+                    min=1,
+                    max=1000,
+                    tooltip="Steps at the start that are computed exactly. More: closer to the original, less speed.",
+                ),
+                io.Int.Input(
+                    "stride",
+                    default=1,
+                    min=1,
+                    max=1,
+                    advanced=True,
+                    tooltip="Steps served by one parallel batch. Only 1 for now.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=["async", "exact"],
+                    default="async",
+                    tooltip=(
+                        "async: all components at once on slightly stale states, the result differs a little. "
+                        "exact: one after another, equal to ComfyUI alone, no faster: for models too large for one device."
+                    ),
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The same model, computed by the ranks.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, devices: str, components: int, warmup_steps: int, stride: int, mode: str
+    ) -> io.NodeOutput:
+        if isinstance(model, StandInPatcher):
+            raise LeapfrogError.of("unsupported_patch", "This MODEL has been split already.")
+        plan = SplitPlan.choose(devices, components, warmup_steps, mode)
+        if plan.components == 1:
+            log.info("Leapfrog: one device (%s), so Async UNet Split passes the MODEL through.", plan.devices[0])
+            return io.NodeOutput(model)
+        units = find_units(model.model.diffusion_model)
+        if plan.components > len(units):
+            raise LeapfrogError.of(
+                "bad_plan", f"components {plan.components}: this denoiser can be cut into {len(units)} units at most."
+            )
+        patches_of(model)
+        return io.NodeOutput(StandInPatcher.of(model, SplitDenoiser(plan, recipe_of(model), comfy_host())))

@@ -1,0 +1,127 @@
+"""The weightless stand-in: a MODEL whose denoiser has ComfyUI's class, names and shapes, no weights, and a remote forward."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import weakref
+from typing import Any
+
+import comfy.hooks
+import comfy.model_base
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+
+from ..parallel_backend import LeapfrogError, SplitDenoiser
+from .remote_forward import SEEN, Remote, Seen, evaluate, run_wrapped
+
+log = logging.getLogger("leapfrog")
+
+
+def weightless(base: comfy.model_base.BaseModel, denoiser: Remote) -> comfy.model_base.BaseModel:
+    """A copy of ``base`` that shares everything with it but the denoiser, whose forward calls ``denoiser``."""
+    twin = copy.copy(base)
+    twin._modules = dict(base._modules)
+    twin._modules["diffusion_model"] = _shell(base.diffusion_model, twin, denoiser)
+    twin.current_patcher = None
+    twin.model_loaded_weight_memory = 0
+    twin.lowvram_patch_counter = 0
+    twin.model_lowvram = False
+    twin.current_weight_patches_uuid = None
+    twin.model_offload_buffer_memory = 0
+    for name in ("dynamic_vbars", "dynamic_pins", "dynamic_patchers"):
+        twin.__dict__.pop(name, None)
+    return twin
+
+
+def _shell(dm: torch.nn.Module, twin: comfy.model_base.BaseModel, denoiser: Remote) -> torch.nn.Module:
+    def empty(p: torch.nn.Parameter) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+
+    shell = copy.deepcopy(dm, memo={id(p): empty(p) for p in dm.parameters()})
+
+    # Weak references: ComfyUI counts on a model being gone as soon as its last MODEL is.
+    twin_ref, shell_ref = weakref.ref(twin), weakref.ref(shell)
+
+    def remote(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return evaluate(denoiser, twin_ref().current_patcher, args, kwargs)
+
+    # Not to be traced by torch.compile: what happens here happens in other processes.
+    @torch.compiler.disable
+    def forward(x: torch.Tensor, timesteps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        context = args or ((kwargs.pop("context"),) if "context" in kwargs else ())
+        return run_wrapped(shell_ref(), remote, (x, timesteps, *context), kwargs)
+
+    shell.forward = forward
+    shell._apply = lambda fn, recurse=True: shell_ref()
+    return shell
+
+
+class StandInPatcher(comfy.model_patcher.ModelPatcher):
+    """A MODEL whose weights are in the pool. ComfyUI's memory manager sees what the pool holds on the host's device
+    and can free it: part of it means the weights in the ranks, all of it means the ranks."""
+
+    @classmethod
+    def of(cls, model: comfy.model_patcher.ModelPatcher, denoiser: SplitDenoiser) -> StandInPatcher:
+        """The stand-in for a MODEL, with everything attached to it (patches, options, wrappers, hooks)."""
+        seed = cls.__new__(cls)
+        twin = weightless(model.model, denoiser)
+        twin.leapfrog = denoiser
+        seed.__dict__ = {**model.__dict__, "model": twin}
+        made = seed.clone(model_override=(twin, ({}, {}, {}, set())))
+        made.parent = None
+        made.cached_patcher_init = None
+        if made.additional_models.pop("multigpu", None):
+            log.warning("Leapfrog: MultiGPU CFG Split in front of Async UNet Split is left out; the split has the GPUs.")
+        return made
+
+    @property
+    def denoiser(self) -> SplitDenoiser:
+        return self.model.leapfrog
+
+    def is_dynamic(self) -> bool:
+        return False
+
+    def model_size(self) -> int:
+        return self.loaded_size()
+
+    def loaded_size(self) -> int:
+        """Bytes of the ranks' weights on the host's device."""
+        device = str(self.load_device) if self.load_device.index is not None else f"{self.load_device}:0"
+        return sum(self.denoiser.loaded_bytes(r) for r, d in enumerate(self.denoiser.devices) if d == device)
+
+    def load(self, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
+             full_load: bool = False) -> None:  # fmt: skip
+        """Nothing to move here: the ranks load when the first call tells them the shapes."""
+        self.model.device = device_to
+        self.model.current_weight_patches_uuid = self.patches_uuid
+        for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
+            callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
+
+    def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
+        freed = self.loaded_size()
+        self.denoiser.unload()
+        return freed
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        result = super().detach(unpatch_all)
+        if unpatch_all:
+            self.denoiser.close()
+        return result
+
+    def patch_hooks(self, hooks: comfy.hooks.HookGroup | None) -> None:
+        if hooks is not None:
+            raise LeapfrogError.of("unsupported_patch", "A conditioning carries weight hooks, which cannot travel to a rank.")
+
+    def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
+        """No hook was ever applied."""
+
+    def pre_run(self) -> None:
+        super().pre_run()
+        self.attachments[SEEN] = Seen()
+        self.denoiser.begin_run()
+
+    def cleanup(self) -> None:
+        super().cleanup()
+        self.denoiser.end_run()

@@ -1,0 +1,111 @@
+"""The one file that starts processes: a rank's command line, environment, death pipe and log.
+
+A rank lives exactly as long as the pipe on its standard input stays open. The system closes that pipe whatever ends
+the host, kill -9 and exec included, and the rank's guard thread then ends the rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from pathlib import Path
+
+import msgspec
+
+from .protocol import LaunchSpec
+
+log = logging.getLogger("leapfrog")
+PACKAGE = Path(__file__).resolve().parent
+# What a rank inherits: enough to find Python, libraries and devices. Allocator and NCCL settings of the host stay out.
+KEPT = (
+    "PATH HOME USER LANG LC_ALL TMPDIR TEMP TMP SYSTEMROOT SYSTEMDRIVE WINDIR USERPROFILE APPDATA LOCALAPPDATA COMSPEC "
+    "LD_LIBRARY_PATH LD_PRELOAD VIRTUAL_ENV PYTHONPATH PYTHONHASHSEED CUDA_HOME CUDA_PATH CUDA_DEVICE_ORDER "
+    "XDG_CACHE_HOME HF_HUB_OFFLINE"
+).split()
+KEPT_PREFIXES = ("LEAPFROG_", "NCCL_")
+
+
+def rank_environment(device: str, backend: str, threads: int) -> dict[str, str]:
+    """The environment of a rank on ``device``; it sees no other GPU and talks to other ranks on loopback only."""
+    env = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
+    env["PYTHONUNBUFFERED"] = "1"
+    env["CUDA_VISIBLE_DEVICES"] = _visible(device)
+    if threads:
+        env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
+    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
+    if loopback:
+        env["GLOO_SOCKET_IFNAME"] = loopback
+        env.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    if backend == "nccl":
+        env["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
+    return env
+
+
+def _visible(device: str) -> str:
+    """CUDA_VISIBLE_DEVICES for a rank: the host may itself see a renumbered subset."""
+    if not device.startswith("cuda:"):
+        return ""
+    index = int(device.removeprefix("cuda:"))
+    host = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
+    return host[index].strip() if index < len(host) else str(index)
+
+
+class RankProcess:
+    """One rank as an operating system process, with the tail of what it printed."""
+
+    def __init__(self, spec: LaunchSpec):
+        self.rank = spec.rank
+        self.tail: deque[str] = deque(maxlen=40)
+        session = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x00000200}
+        self._process = subprocess.Popen(
+            [sys.executable, str(PACKAGE)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=rank_environment(spec.device, spec.backend, spec.threads),
+            cwd=spec.comfy_root,
+            **session,
+        )
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(msgspec.json.encode(spec) + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            log.warning("rank %d ended before it read its orders", spec.rank)
+        self._pump = threading.Thread(target=self._pump_log, name=f"leapfrog-log-{spec.rank}", daemon=True)
+        self._pump.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll()
+
+    def _pump_log(self) -> None:
+        assert self._process.stdout
+        for raw in self._process.stdout:
+            line = raw.decode(errors="replace").rstrip()
+            self.tail.append(line)
+            log.debug("[rank %d] %s", self.rank, line)
+
+    def end(self, grace_s: float) -> None:
+        """Close the death pipe, wait ``grace_s``, then kill. The process is gone when this returns."""
+        assert self._process.stdin
+        try:
+            self._process.stdin.close()
+        except OSError:
+            pass
+        try:
+            self._process.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(10)
+        self._pump.join(2)
+        if self._process.stdout:
+            self._process.stdout.close()

@@ -1,0 +1,291 @@
+"""The pool: starts all ranks, asks them things under a deadline, notices when one dies, ends them.
+
+One pool per set of devices is alive at a time; :func:`acquire` hands out the living one or starts it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_any
+from typing import Any
+
+import msgspec
+
+from .channel import Channel, admit, listen
+from .errors import ErrorReport, LeapfrogError
+from .launcher import RankProcess
+from .plan import CPU, this_machine
+from .protocol import Failed, FromRank, Hello, HostMessage, Join, LaunchSpec, Payload, RankMessage, Ready, Stop
+from .tensors import Arena, flatten, place
+
+log = logging.getLogger("leapfrog")
+START_TIMEOUT_S = 180.0
+POLL_S = 0.02
+END_GRACE_S = 2.0
+SPARE = 1.25
+
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class ComfyHost:
+    """Where ComfyUI lives and the arguments that a rank's ComfyUI code must parse as the host's did."""
+
+    root: str
+    args: tuple[str, ...] = ()
+
+
+def step_timeout_s() -> float:
+    return float(os.environ.get("LEAPFROG_STEP_TIMEOUT", "600"))
+
+
+def _threads_per_rank(devices: Sequence[str]) -> int:
+    shared = sum(d == CPU for d in devices)
+    return max(1, this_machine().cores // shared) if shared else 0
+
+
+def _backend(devices: Sequence[str]) -> str:
+    import torch.distributed as dist
+
+    alone = len(set(devices)) == len(devices) or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+    if all(d != CPU for d in devices) and alone and dist.is_available() and dist.is_nccl_available():
+        return "nccl"
+    if any(d != CPU for d in devices):
+        log.info("Leapfrog: ranks talk gloo, through host memory, because NCCL cannot serve %s", ",".join(devices))
+    return "gloo"
+
+
+class Pool:
+    """All ranks, ready. Not for several threads at once: callers hold :attr:`lock` for a whole request.
+
+    ``memory`` is a place for callers to keep what they know about this pool's ranks (what is loaded, say).
+    """
+
+    def __init__(self, devices: Sequence[str], processes: list[RankProcess], channels: list[Channel[FromRank]]):
+        self.devices = tuple(devices)
+        self.lock = threading.RLock()
+        self.memory: dict[str, Any] = {}
+        self.alive = True
+        self._processes = processes
+        self._channels = channels
+        self._call = 0
+        self._owed: dict[int, int] = {}
+        self._arena: Arena | None = None
+
+    @property
+    def pids(self) -> list[int]:
+        return [p.pid for p in self._processes]
+
+    def payload(self, tree: Any, tick: Tick, reserve: int = 0, where: str = "value") -> tuple[Payload, int]:
+        """Write a tree into the arena; returns it with the offset of ``reserve`` free bytes after it.
+
+        Waits first for ranks that still work on a request that was given up: they may be reading the arena.
+        """
+        self._collect(dict(self._owed), time.monotonic() + step_timeout_s(), tick)
+        spec, tensors = flatten(tree, where)
+        tensors = [t.detach() for t in tensors]
+        heads, end = place(tensors)
+        size = end + reserve
+        if self._arena is None or self._arena.size < size:
+            if self._arena:
+                self._arena.close()
+            self._arena = Arena.create(int(size * SPARE))
+        self._arena.write(tensors, heads)
+        return Payload(self._arena.name, spec, heads), end
+
+    def read(self, payload: Payload) -> list[Any]:
+        """Copies of a payload's tensors."""
+        assert self._arena and payload.arena == self._arena.name
+        return [self._arena.view(head).clone() for head in payload.heads]
+
+    def request(self, messages: Mapping[int, HostMessage], timeout_s: float, tick: Tick) -> dict[int, Any]:
+        """Send one message per rank and wait for all replies.
+
+        ``tick`` is called every 20 ms while waiting and may raise to give up; the replies still owed are then awaited
+        before the next request. Raises LeapfrogError (rank_died, rank_timeout, what a rank reported); the pool is then
+        closed.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._collect(dict(self._owed), deadline, tick)
+        self._call += 1
+        try:
+            for rank, message in messages.items():
+                message.call = self._call
+                self._owed[rank] = self._call
+                self._channels[rank].send(message)
+        except OSError:
+            self._collect(dict(self._owed), time.monotonic() + END_GRACE_S, tick)
+        return self._collect({rank: self._call for rank in messages}, deadline, tick)
+
+    def _collect(self, calls: dict[int, int], deadline: float, tick: Tick) -> dict[int, Any]:
+        replies: dict[int, Any] = {}
+        connections = {id(self._channels[rank].connection): rank for rank in calls}
+        while len(replies) < len(calls):
+            waiting = [self._channels[rank].connection for rank in calls if rank not in replies]
+            arrived = wait_for_any(waiting, timeout=min(POLL_S, max(0.0, deadline - time.monotonic())))
+            for connection in arrived:
+                rank = connections[id(connection)]
+                reply = self._receive(rank)
+                if reply.call == calls[rank]:
+                    replies[rank] = reply
+                    self._owed.pop(rank, None)
+            if not arrived:
+                if time.monotonic() > deadline:
+                    rank = min(set(calls) - set(replies))
+                    raise self._broken(ErrorReport("rank_timeout", "A rank did not answer in time.", rank))
+                tick()
+        return replies
+
+    def _receive(self, rank: int) -> RankMessage:
+        try:
+            reply = self._channels[rank].receive(1.0)
+        except (EOFError, OSError, TimeoutError, msgspec.MsgspecError):
+            process = self._processes[rank]
+            limit = time.monotonic() + 1.0
+            while process.exit_code is None and time.monotonic() < limit:
+                time.sleep(0.005)
+            last = " | ".join(list(process.tail)[-5:])
+            code = process.exit_code
+            how = f"ended with exit code {code}" if code is not None else "broke the connection"
+            said = f" Its last words: {last}" if last else ""
+            raise self._broken(ErrorReport("rank_died", f"The process of a rank {how}.{said}", rank)) from None
+        if isinstance(reply, Failed):
+            raise self._broken(reply.error or ErrorReport("rank_error", "A rank failed without a reason.", rank))
+        return reply
+
+    def _broken(self, report: ErrorReport) -> LeapfrogError:
+        if report.traceback:
+            log.error("Leapfrog rank %d:\n%s", report.rank, report.traceback)
+        self.close()
+        return LeapfrogError(report)
+
+    def close(self) -> None:
+        """End all ranks and give back the shared memory. Nothing is left when this returns."""
+        if not self.alive:
+            return
+        self.alive = False
+        for channel in self._channels:
+            try:
+                channel.send(Stop())
+            except OSError:
+                pass
+            channel.close()
+        _end_all(self._processes)
+        if self._arena:
+            self._arena.close()
+            self._arena = None
+
+
+def _end_all(processes: Sequence[RankProcess]) -> None:
+    threads = [threading.Thread(target=p.end, args=(END_GRACE_S,)) for p in processes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def start_pool(devices: Sequence[str], host: ComfyHost, tick: Tick) -> Pool:
+    """Start one rank per device and wait until all of them are ready, within three minutes.
+
+    Raises LeapfrogError rank_start, or whatever ``tick`` raises; no process is left then.
+    """
+    began = time.monotonic()
+    deadline = began + START_TIMEOUT_S
+    log.info("Leapfrog: starting %d ranks on %s", len(devices), ",".join(devices))
+    secret = secrets.token_hex(32)
+    backend = _backend(devices)
+    threads = _threads_per_rank(devices)
+    processes: list[RankProcess] = []
+    channels: dict[int, Channel[FromRank]] = {}
+    with listen() as listener:
+        try:
+            for rank, device in enumerate(devices):
+                args = list(host.args) + (["--cpu"] if device == CPU and "--cpu" not in host.args else [])
+                spec = LaunchSpec(
+                    rank=rank, world=len(devices), device=device, backend=backend, comfy_args=args, secret=secret,
+                    threads=threads if device == CPU else 0, port=listener.getsockname()[1], comfy_root=host.root,
+                    timeout_s=step_timeout_s(),
+                )  # fmt: skip
+                processes.append(RankProcess(spec))
+            while len(channels) < len(devices):
+                _check_start(processes, deadline, tick)
+                caller = admit(listener, secret, POLL_S)
+                if caller and caller[0] < len(devices) and caller[0] not in channels:
+                    channels[caller[0]] = Channel(caller[1], FromRank)
+            hello = {r: _await(Hello, channels[r], processes, deadline, tick) for r in channels}
+            for channel in channels.values():
+                channel.send(Join(store_port=hello[0].store_port))
+            for rank in channels:
+                _await(Ready, channels[rank], processes, deadline, tick)
+        except BaseException:
+            for channel in channels.values():
+                channel.close()
+            _end_all(processes)
+            raise
+    log.info("Leapfrog: %d ranks ready (%s) after %.1f s", len(devices), backend, time.monotonic() - began)
+    return Pool(devices, processes, [channels[r] for r in range(len(devices))])
+
+
+def _check_start(processes: Sequence[RankProcess], deadline: float, tick: Tick) -> None:
+    tick()
+    for process in processes:
+        if process.exit_code is not None:
+            last = " | ".join(list(process.tail)[-5:])
+            message = f"A rank ended with exit code {process.exit_code} while starting. Its last words: {last}"
+            raise LeapfrogError(ErrorReport("rank_start", message, process.rank))
+    if time.monotonic() > deadline:
+        raise LeapfrogError(ErrorReport("rank_start", f"The ranks were not ready after {START_TIMEOUT_S:.0f} s."))
+
+
+def _await(
+    kind: type[RankMessage], channel: Channel[FromRank], processes: Sequence[RankProcess], deadline: float, tick: Tick
+) -> Any:
+    while True:
+        _check_start(processes, deadline, tick)
+        try:
+            message = channel.receive(POLL_S)
+        except TimeoutError:
+            continue
+        except (EOFError, OSError):
+            time.sleep(POLL_S)
+            continue
+        if isinstance(message, Failed) and message.error:
+            raise LeapfrogError(message.error)
+        if not isinstance(message, kind):
+            raise LeapfrogError(ErrorReport("rank_start", f"A rank sent {type(message).__name__} out of turn."))
+        return message
+
+
+_pools: dict[tuple[str, ...], Pool] = {}
+_pools_lock = threading.Lock()
+
+
+def acquire(devices: Sequence[str], host: ComfyHost, tick: Tick) -> Pool:
+    """The living pool on exactly these devices, or a new one; pools that share a device with it are closed first."""
+    with _pools_lock:
+        for key, pool in list(_pools.items()):
+            if not pool.alive or (key != tuple(devices) and set(key) & set(devices)):
+                pool.close()
+                del _pools[key]
+        pool = _pools.get(tuple(devices))
+        if pool is None:
+            pool = _pools[tuple(devices)] = start_pool(devices, host, tick)
+        return pool
+
+
+def close_all() -> None:
+    """Close every pool of this process."""
+    with _pools_lock:
+        for pool in _pools.values():
+            pool.close()
+        _pools.clear()
+
+
+atexit.register(close_all)

@@ -1,0 +1,1 @@
+"""What runs in a rank. Never imported by the host."""

@@ -1,0 +1,105 @@
+"""Tensors from rank to rank through torch.distributed: NCCL between GPUs, gloo (through host memory) otherwise."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from ..channel import LOOPBACK, listen
+from ..tensors import place
+
+STORE_TIMEOUT = timedelta(seconds=60)
+
+
+def open_store(world: int) -> tuple[dist.TCPStore, int]:
+    """The rendezvous store, listening on a free port of 127.0.0.1 only; rank 0 owns it. Returns it with the port."""
+    listener = listen()
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(
+        LOOPBACK, port, world, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT,
+        master_listen_fd=listener.detach(),
+    )  # fmt: skip
+    return store, port
+
+
+class Incoming:
+    """Tensors on their way from one rank, in one message."""
+
+    def __init__(self, work: dist.Work, buffer: torch.Tensor, open_it: Callable[[torch.Tensor], list[torch.Tensor]]):
+        self._work = work
+        self._buffer = buffer
+        self._open = open_it
+
+    def wait(self) -> list[torch.Tensor]:
+        self._work.wait()
+        return self._open(self._buffer)
+
+
+class Links:
+    """This rank's links to the others. Between two ranks, messages arrive in the order in which they were sent."""
+
+    def __init__(
+        self, store: dist.Store, rank: int, world: int, backend: str, device: torch.device, timeout_s: float
+    ):
+        self.rank = rank
+        self.world = world
+        self.device = device
+        self.sent = 0
+        self.waited = 0.0
+        self._store = store
+        self._staging = torch.device("cpu") if backend == "gloo" else device
+        self._sending: list[tuple[dist.Work, torch.Tensor]] = []
+        timeout = timedelta(seconds=timeout_s)
+        bound = device if backend == "nccl" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
+
+    def tell(self, key: str, value: bytes) -> None:
+        """Make a small value known to all ranks."""
+        self._store.set(f"{key}/{self.rank}", value)
+
+    def ask(self, key: str, rank: int) -> bytes:
+        """What ``rank`` told under ``key``; waits for it."""
+        began = time.perf_counter()
+        value = self._store.get(f"{key}/{rank}")
+        self.waited += time.perf_counter() - began
+        return value
+
+    def send(self, to: int, tensors: Sequence[torch.Tensor]) -> None:
+        """Copy the tensors into one message and send it; returns before it has arrived."""
+        self._sending = [(work, buffer) for work, buffer in self._sending if not work.is_completed()]
+        heads, size = place(tensors)
+        buffer = torch.empty(size, dtype=torch.uint8, device=self._staging)
+        for tensor, head in zip(tensors, heads, strict=True):
+            part = buffer[head.offset : head.offset + head.nbytes]
+            part.view(tensor.dtype).view(head.shape).copy_(tensor)
+        work = dist.isend(buffer, dst=to)
+        assert work
+        self._sending.append((work, buffer))
+        self.sent += size
+
+    def receive(self, source: int, like: Sequence[torch.Tensor]) -> Incoming:
+        """Expect tensors of the shapes and dtypes of ``like`` (meta tensors will do) from ``source``; does not wait."""
+        heads, size = place(like)
+        dtypes = [t.dtype for t in like]
+
+        def open_it(buffer: torch.Tensor) -> list[torch.Tensor]:
+            buffer = buffer.to(self.device)
+            return [
+                buffer[h.offset : h.offset + h.nbytes].view(dtype).view(h.shape)
+                for h, dtype in zip(heads, dtypes, strict=True)
+            ]
+
+        buffer = torch.empty(size, dtype=torch.uint8, device=self._staging)
+        work = dist.irecv(buffer, src=source)
+        assert work
+        return Incoming(work, buffer, open_it)
+
+    def wait(self, incoming: Incoming) -> list[torch.Tensor]:
+        began = time.perf_counter()
+        tensors = incoming.wait()
+        self.waited += time.perf_counter() - began
+        return tensors

@@ -1,0 +1,176 @@
+"""A rank's main loop: one message in, one reply out, errors as values."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+
+from ..channel import LOOPBACK, Channel, knock
+from ..errors import ErrorReport
+from ..protocol import (
+    Done, Evaluate, Failed, FromHost, Hello, HostMessage, Join, LaunchSpec, Load, Loaded, Ok, Payload, Profile, Profiled,
+    RankMessage, Ready, Stop, Unload,
+)  # fmt: skip
+from ..tensors import Arena, flatten, place, unflatten
+from .links import Links, open_store
+
+CONNECT_TIMEOUT_S = 30.0
+log = logging.getLogger("leapfrog.rank")
+
+
+def run_rank(orders: bytes) -> None:
+    """Serve one host until it says stop or goes away."""
+    spec = msgspec.json.decode(orders, type=LaunchSpec)
+    sock = knock(spec.port, spec.rank, spec.secret, CONNECT_TIMEOUT_S)
+    channel: Channel[FromHost] = Channel(sock, FromHost)
+    try:
+        rank = _start(spec, channel)
+    except Exception as error:
+        channel.send(Failed(error=_report(error, spec.rank, -1)))
+        raise
+    rank.serve()
+
+
+def _start(spec: LaunchSpec, channel: Channel[FromHost]) -> Rank:
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    store, port = open_store(spec.world) if spec.rank == 0 else (None, 0)
+    from .models.boot import boot_comfy
+
+    device = boot_comfy(spec.comfy_args)
+    channel.send(Hello(store_port=port))
+    join = channel.receive(spec.timeout_s)
+    assert isinstance(join, Join)
+    if store is None:
+        store = torch.distributed.TCPStore(LOOPBACK, join.store_port, spec.world, wait_for_workers=False)
+    links = Links(store, spec.rank, spec.world, spec.backend, device, spec.timeout_s)
+    if spec.threads:
+        torch.set_num_threads(spec.threads)
+    channel.send(Ready())
+    return Rank(spec, channel, links, device)
+
+
+class Rank:
+    """What one rank holds between messages: an arena, at most one denoiser."""
+
+    def __init__(self, spec: LaunchSpec, channel: Channel[FromHost], links: Links, device: torch.device):
+        self._spec = spec
+        self._channel = channel
+        self._links = links
+        self._device = device
+        self._arena: Arena | None = None
+        self._held: Any = None
+        self._step = 0
+        self._handlers: dict[type, Callable[[Any], RankMessage]] = {
+            Profile: self._profile,
+            Load: self._load,
+            Evaluate: self._evaluate,
+            Unload: self._unload,
+        }
+
+    def serve(self) -> None:
+        while True:
+            try:
+                message: HostMessage = self._channel.receive(None)
+            except (EOFError, OSError):
+                return
+            if isinstance(message, Stop):
+                # the process group's threads may still wait for ranks that are gone
+                sys.stdout.flush()
+                os._exit(0)
+            try:
+                with torch.inference_mode():
+                    reply = self._handlers[type(message)](message)
+            except Exception as error:
+                reply = Failed(error=_report(error, self._spec.rank, self._step))
+            reply.call = message.call
+            self._channel.send(reply)
+
+    def _tree(self, payload: Payload) -> Any:
+        if self._arena is None or self._arena.name != payload.arena:
+            if self._arena:
+                self._arena.close()
+            self._arena = Arena.attach(payload.arena)
+        return unflatten(payload.spec, [self._arena.view(head) for head in payload.heads])
+
+    def _profile(self, message: Profile) -> Profiled:
+        from .models.denoiser import profile_units
+
+        assert message.recipe and message.inputs
+        self._drop()
+        seconds, names = profile_units(message.recipe, self._tree(message.inputs), self._device)
+        return Profiled(seconds=seconds, names=names)
+
+    def _load(self, message: Load) -> Loaded:
+        from .models.denoiser import HeldDenoiser
+
+        assert message.recipe and message.patches
+        began = time.perf_counter()
+        held = self._held
+        if held is None or held.recipe != message.recipe or held.bounds != message.bounds:
+            self._drop()
+            held = HeldDenoiser(message.recipe, message.bounds, self._links, self._device)
+        held.patch(message.patches_id, self._tree(message.patches))
+        self._held = held
+        self._step = 0
+        return Loaded(
+            nbytes=held.nbytes, shared=held.shared_bytes, units=held.unit_names, seconds=time.perf_counter() - began
+        )
+
+    def _unload(self, _message: Unload) -> Ok:
+        self._drop()
+        return Ok()
+
+    def _drop(self) -> None:
+        self._held = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _evaluate(self, message: Evaluate) -> Done:
+        assert message.inputs and self._held
+        begin = time.perf_counter()
+        self._links.sent, self._links.waited = 0, 0.0
+        args, kwargs = self._held.inputs(self._tree(message.inputs))
+        if self._held.component:
+            result = self._held.component.evaluate(
+                args, kwargs, message.run, message.stream, message.shape, message.exact
+            )
+        else:
+            result = self._held.denoiser(*args, **kwargs)
+        self._step += 1
+        output = self._put(result, message) if result is not None else None
+        return Done(
+            output=output, begin=begin, end=time.perf_counter(), waited=self._links.waited, sent=self._links.sent
+        )
+
+    def _put(self, result: Any, message: Evaluate) -> Payload:
+        assert self._arena
+        spec, tensors = flatten(result, "denoiser output")
+        heads, end = place(tensors, message.out)
+        if end > message.out + message.out_size:
+            raise ValueError(f"the denoiser's output of {end - message.out} bytes is larger than expected")
+        self._arena.write(tensors, heads)
+        return Payload(self._arena.name, spec, heads)
+
+
+def _report(error: Exception, rank: int, step: int) -> ErrorReport:
+    oom = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    return ErrorReport(
+        code="rank_oom" if oom else "rank_error",
+        message=f"{type(error).__name__}: {error}",
+        rank=rank,
+        step=step,
+        traceback=traceback.format_exc(),
+    )
+
+

@@ -1,0 +1,37 @@
+"""The pack as the package `leapfrog`, ComfyUI importable, and what a folder says about the tests in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pack import add_comfyui, has_gpu, load_pack
+
+add_comfyui()
+load_pack()
+
+HERE = Path(__file__).parent
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+MISSING = {
+    "browser": None if CHROMIUM else "no Chromium is installed",
+    "gpu": None if has_gpu() else "PyTorch sees no CUDA device",
+}
+"""Folder -> why its tests cannot run here, None where they can."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(HERE).parts[0]
+        if folder != "unit":
+            item.add_marker(folder)
+        if reason := MISSING.get(folder):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """Path of the system's Chromium."""
+    assert CHROMIUM is not None
+    return CHROMIUM
