@@ -1,4 +1,4 @@
-"""Leapfrog: one generation, several GPUs. ComfyUI imports this package; a test runner that imports it bare gets nothing."""
+"""Leapfrog: one generation, several GPUs. Imported by ComfyUI; a test runner that imports it bare gets nothing."""
 
 if __package__:
     from .nodes import comfy_entrypoint

@@ -8,7 +8,6 @@ from inspect import cleandoc
 from comfy_api.v0_0_2 import io
 
 from ..parallel_backend import LeapfrogError, SplitDenoiser, SplitPlan
-from ..parallel_backend.units import find_units
 from .recipe import comfy_host, patches_of, recipe_of
 from .standin import StandInPatcher
 
@@ -36,7 +35,7 @@ class AsyncUNetSplit(io.ComfyNode):
                 io.String.Input(
                     "devices",
                     default="auto",
-                    tooltip="'auto': all GPUs, or two processes on the CPU where there is none. Or a list: '0,1', 'cpu,cpu'.",
+                    tooltip="'auto': all GPUs, or two processes on the CPU without one. Or a list: '0,1', 'cpu,cpu'.",
                 ),
                 io.Int.Input(
                     "components",
@@ -66,7 +65,7 @@ class AsyncUNetSplit(io.ComfyNode):
                     default="async",
                     tooltip=(
                         "async: all components at once on slightly stale states, the result differs a little. "
-                        "exact: one after another, equal to ComfyUI alone, no faster: for models too large for one device."
+                        "exact: one after another, equal to ComfyUI alone, no faster; for models that fit no device."
                     ),
                 ),
             ],
@@ -74,19 +73,14 @@ class AsyncUNetSplit(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model, devices: str, components: int, warmup_steps: int, stride: int, mode: str
-    ) -> io.NodeOutput:
+    def execute(cls, model, devices: str, components: int, warmup_steps: int, stride: int, mode: str) -> io.NodeOutput:
         if isinstance(model, StandInPatcher):
             raise LeapfrogError.of("unsupported_patch", "This MODEL has been split already.")
         plan = SplitPlan.choose(devices, components, warmup_steps, mode)
         if plan.components == 1:
             log.info("Leapfrog: one device (%s), so Async UNet Split passes the MODEL through.", plan.devices[0])
             return io.NodeOutput(model)
-        units = find_units(model.model.diffusion_model)
-        if plan.components > len(units):
-            raise LeapfrogError.of(
-                "bad_plan", f"components {plan.components}: this denoiser can be cut into {len(units)} units at most."
-            )
-        patches_of(model)
-        return io.NodeOutput(StandInPatcher.of(model, SplitDenoiser(plan, recipe_of(model), comfy_host())))
+        plan.check(model.model.diffusion_model)
+        denoiser = SplitDenoiser(plan, recipe_of(model), comfy_host())
+        denoiser.check_patches(patches_of(model))
+        return io.NodeOutput(StandInPatcher.of(model, denoiser))

@@ -12,6 +12,7 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 from comfy_api.v0_0_2 import io
+from tqdm.auto import tqdm
 
 from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError, sample_in_rounds
 from .recipe import comfy_host, recipe_of
@@ -26,7 +27,7 @@ class ParaStepSampler(io.ComfyNode):
     Evaluates several denoising steps at once, one per device (ParaStep).
 
     Gives a SAMPLER for SamplerCustom and SamplerCustomAdvanced. Each device holds the whole denoiser; only latents
-    travel, so no fast link is needed. Works with every model family. With a single device it is the base sampler itself.
+    travel, so no fast link is needed. Works with every model family. With a single device it is just the base sampler.
     """
 
     @classmethod
@@ -61,7 +62,7 @@ class ParaStepSampler(io.ComfyNode):
                 io.String.Input(
                     "devices",
                     default="auto",
-                    tooltip="'auto': all GPUs, or two processes on the CPU where there is none. Or a list: '0,1', 'cpu,cpu'.",
+                    tooltip="'auto': all GPUs, or two processes on the CPU without one. Or a list: '0,1', 'cpu,cpu'.",
                 ),
                 io.Combo.Input(
                     "predictor",
@@ -84,9 +85,7 @@ class ParaStepSampler(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(
-        cls, base_sampler: str, lanes: int, warmup_steps: int, devices: str, predictor: str
-    ) -> io.NodeOutput:
+    def execute(cls, base_sampler: str, lanes: int, warmup_steps: int, devices: str, predictor: str) -> io.NodeOutput:
         if base_sampler not in SERVED:
             raise LeapfrogError.of("unsupported_sampler", f"ParaStep Sampler cannot run '{base_sampler}' in parallel.")
         base = comfy.samplers.sampler_object(base_sampler)
@@ -107,11 +106,13 @@ class RoundsSampler(comfy.samplers.KSAMPLER):
 
     @torch.no_grad()
     def _sample_parastep(self, model, x, sigmas, extra_args=None, callback=None, disable=None):
-        """k-diffusion's sampler signature: ``model`` is KSamplerX0Inpaint around the guider; ``x`` is ``[batch, ...]``."""
+        """k-diffusion's sampler signature: ``model`` is KSamplerX0Inpaint around the guider, ``x`` ``[batch, ...]``."""
         guider = model.inner_model
         denoiser = self._denoiser_for(guider.model_patcher)
         args = {**(extra_args or {})}
-        args["model_options"] = _through(args.get("model_options", {}), weightless(guider.inner_model, denoiser), guider)
+        args["model_options"] = _through(
+            args.get("model_options", {}), weightless(guider.inner_model, denoiser), guider
+        )
 
         def evaluate(points: list[torch.Tensor], first: int) -> list[torch.Tensor]:
             batch = x.shape[0]
@@ -119,9 +120,14 @@ class RoundsSampler(comfy.samplers.KSAMPLER):
             at = sigmas[first : first + len(points)].repeat_interleave(batch).to(rows)
             return list(_widened(model, len(points), args)(rows, at).split(batch))
 
+        bar = tqdm(total=len(sigmas) - 1, disable=disable)
+
         def on_step(step: int, latent: torch.Tensor, denoised: torch.Tensor) -> None:
+            bar.update()
             if callback is not None:
-                callback({"x": latent, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": denoised})
+                callback(
+                    {"x": latent, "i": step, "sigma": sigmas[step], "sigma_hat": sigmas[step], "denoised": denoised}
+                )
 
         denoiser.begin_run()
         try:
@@ -129,12 +135,14 @@ class RoundsSampler(comfy.samplers.KSAMPLER):
                 evaluate, x, sigmas, self.plan.lanes, self.plan.warmup, self.plan.predictor, on_step
             )
         finally:
+            bar.close()
             denoiser.end_run()
 
     def _denoiser_for(self, patcher: comfy.model_patcher.ModelPatcher) -> LanesDenoiser:
         if isinstance(patcher, StandInPatcher):
             raise LeapfrogError.of(
-                "unsupported_patch", "ParaStep Sampler does not take a MODEL from Async UNet Split yet; use one of them."
+                "unsupported_patch",
+                "ParaStep Sampler does not take a MODEL from Async UNet Split yet; use one of them.",
             )
         recipe = recipe_of(patcher)
         if self._denoiser is None or self._denoiser.recipe != recipe:

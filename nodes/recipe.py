@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,6 @@ import comfy.utils
 import comfy.weight_adapter
 
 from ..parallel_backend import ComfyHost, LeapfrogError, Recipe
-from ..parallel_backend.tensors import flatten
 
 # Arguments of ComfyUI that change how a denoiser computes; a rank must parse them as the host did.
 COMPUTE_ARGS = (
@@ -30,7 +27,9 @@ def comfy_host() -> ComfyHost:
     """Where this ComfyUI lives and how it was told to compute."""
     root = Path(comfy.samplers.__file__).resolve().parents[1]
     given = comfy.cli_args.args
-    return ComfyHost(str(root), tuple(f"--{name.replace('_', '-')}" for name in COMPUTE_ARGS if getattr(given, name, False)))
+    return ComfyHost(
+        str(root), tuple(f"--{name.replace('_', '-')}" for name in COMPUTE_ARGS if getattr(given, name, False))
+    )
 
 
 def recipe_of(model: comfy.model_patcher.ModelPatcher) -> Recipe:
@@ -48,17 +47,7 @@ def recipe_of(model: comfy.model_patcher.ModelPatcher) -> Recipe:
         name, options = "checkpoint", args[6] if len(args) > 6 else {}
     else:
         raise LeapfrogError.of("no_recipe", f"This MODEL was made by {loader.__module__}.{loader.__qualname__}.")
-    path = Path(args[0])
-    if not path.is_file():
-        raise LeapfrogError.of("missing_file", f"The model file {path.name} is not in its folder any more.")
-    try:
-        spec, tensors = flatten(options or {}, "loader options")
-        if tensors:
-            raise TypeError("loader options hold tensors, which cannot travel to a rank")
-    except TypeError as error:
-        raise LeapfrogError.of("no_recipe", f"This MODEL was loaded in a way that ranks cannot repeat: {error}.") from None
-    status = os.stat(path)
-    return Recipe(name, str(path.resolve()), json.dumps(spec), (status.st_size, status.st_mtime_ns))
+    return Recipe.of(name, args[0], options or {})
 
 
 def patches_of(model: comfy.model_patcher.ModelPatcher) -> tuple[str, dict[str, Any]]:
@@ -81,16 +70,13 @@ def patches_of(model: comfy.model_patcher.ModelPatcher) -> tuple[str, dict[str, 
 def _plain_patch(key: str, patch: tuple) -> tuple:
     strength, value, strength_model, offset, function = patch
     if function is not None and function is not comfy.utils.swap_scale_shift:
-        raise LeapfrogError.of("unsupported_patch", f"The patch of {key} runs a function, which cannot travel to a rank.")
+        raise LeapfrogError.of(
+            "unsupported_patch", f"The patch of {key} runs a function, which cannot travel to a rank."
+        )
     if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
         value = {
             "adapter": type(value).__name__,
             "loaded_keys": sorted(value.loaded_keys),
             "weights": value.weights,
         }
-    plain = (strength, value, strength_model, offset, function is not None)
-    try:
-        flatten(plain, f"the patch of {key}")
-    except TypeError as error:
-        raise LeapfrogError.of("unsupported_patch", f"{error}.") from None
-    return plain
+    return (strength, value, strength_model, offset, function is not None)

@@ -14,12 +14,11 @@ import comfy.patcher_extension
 import torch
 
 from ..parallel_backend import LanesDenoiser, LeapfrogError, SplitDenoiser
-from ..parallel_backend.tensors import flatten
 from .recipe import patches_of
 
 Remote = SplitDenoiser | LanesDenoiser
 # Options that only the host's own code reads.
-STAYS = {"wrappers", "callbacks", "uuids", "prefetch_dynamic_vbars", "context_window", "multigpu_clones"}
+STAYS = {"wrappers", "callbacks", "uuids", "prefetch_dynamic_vbars", "context_window", "multigpu_clones", "easycache"}
 MUST_BE_EMPTY = ("patches", "patches_replace", "optimized_attention_override")
 
 
@@ -35,12 +34,7 @@ def travelling_options(options: dict[str, Any]) -> dict[str, Any]:
             raise LeapfrogError.of(
                 "unsupported_patch", f"A node on this MODEL runs code inside the denoiser ({name}: {names})."
             )
-    going = {k: v for k, v in options.items() if k not in STAYS and k not in MUST_BE_EMPTY}
-    try:
-        flatten(going, "transformer_options")
-    except TypeError as error:
-        raise LeapfrogError.of("unsupported_patch", f"A node on this MODEL sets an option: {error}.") from None
-    return going
+    return {k: v for k, v in options.items() if k not in STAYS and k not in MUST_BE_EMPTY}
 
 
 def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: tuple, kwargs: dict) -> torch.Tensor:
@@ -76,7 +70,7 @@ def per_row(options: dict[str, Any], rows: int) -> dict[str, Any]:
 
 
 def _stream(patcher: comfy.model_patcher.ModelPatcher, options: dict[str, Any], x: torch.Tensor) -> tuple:
-    """The key of the stale state that this call may use: which conditionings, which window, which repeat at this sigma."""
+    """The key of the stale state that a call may use: its conditionings, its window, its repeat at this sigma."""
     window = getattr(options.get("context_window"), "index_list", None)
     uuids = tuple(map(str, options.get("uuids", ())))
     key = (tuple(options.get("cond_or_uncond", ())), uuids, tuple(x.shape), str(window))

@@ -1,4 +1,4 @@
-"""The weightless stand-in: a MODEL whose denoiser has ComfyUI's class, names and shapes, no weights, and a remote forward."""
+"""The weightless stand-in: a MODEL whose denoiser has ComfyUI's class, names and shapes, and a remote forward."""
 
 from __future__ import annotations
 
@@ -19,19 +19,24 @@ from .remote_forward import SEEN, Remote, Seen, evaluate, run_wrapped
 log = logging.getLogger("leapfrog")
 
 
+NOTHING_LOADED: dict[str, Any] = {
+    "current_patcher": None,
+    "current_weight_patches_uuid": None,
+    "lowvram_patch_counter": 0,
+    "model_loaded_weight_memory": 0,
+    "model_lowvram": False,
+    "model_offload_buffer_memory": 0,
+}
+
+
 def weightless(base: comfy.model_base.BaseModel, denoiser: Remote) -> comfy.model_base.BaseModel:
     """A copy of ``base`` that shares everything with it but the denoiser, whose forward calls ``denoiser``."""
     twin = copy.copy(base)
     twin._modules = dict(base._modules)
     twin._modules["diffusion_model"] = _shell(base.diffusion_model, twin, denoiser)
-    twin.current_patcher = None
-    twin.model_loaded_weight_memory = 0
-    twin.lowvram_patch_counter = 0
-    twin.model_lowvram = False
-    twin.current_weight_patches_uuid = None
-    twin.model_offload_buffer_memory = 0
     for name in ("dynamic_vbars", "dynamic_pins", "dynamic_patchers"):
         twin.__dict__.pop(name, None)
+    twin.__dict__.update(NOTHING_LOADED)
     return twin
 
 
@@ -45,16 +50,18 @@ def _shell(dm: torch.nn.Module, twin: comfy.model_base.BaseModel, denoiser: Remo
     twin_ref, shell_ref = weakref.ref(twin), weakref.ref(shell)
 
     def remote(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return evaluate(denoiser, twin_ref().current_patcher, args, kwargs)
+        owner: Any = twin_ref()
+        return evaluate(denoiser, owner.current_patcher, args, kwargs)
 
     # Not to be traced by torch.compile: what happens here happens in other processes.
     @torch.compiler.disable
     def forward(x: torch.Tensor, timesteps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         context = args or ((kwargs.pop("context"),) if "context" in kwargs else ())
-        return run_wrapped(shell_ref(), remote, (x, timesteps, *context), kwargs)
+        this: Any = shell_ref()
+        return run_wrapped(this, remote, (x, timesteps, *context), kwargs)
 
-    shell.forward = forward
-    shell._apply = lambda fn, recurse=True: shell_ref()
+    # ComfyUI moves models about with .to(); there is nothing to move
+    shell.__dict__.update(forward=forward, _apply=lambda fn, recurse=True: shell_ref())
     return shell
 
 
@@ -67,18 +74,20 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         """The stand-in for a MODEL, with everything attached to it (patches, options, wrappers, hooks)."""
         seed = cls.__new__(cls)
         twin = weightless(model.model, denoiser)
-        twin.leapfrog = denoiser
+        twin.__dict__["leapfrog"] = denoiser
         seed.__dict__ = {**model.__dict__, "model": twin}
-        made = seed.clone(model_override=(twin, ({}, {}, {}, set())))
+        made: Any = seed.clone(model_override=(twin, ({}, {}, {}, set())))
         made.parent = None
         made.cached_patcher_init = None
         if made.additional_models.pop("multigpu", None):
-            log.warning("Leapfrog: MultiGPU CFG Split in front of Async UNet Split is left out; the split has the GPUs.")
+            log.warning(
+                "Leapfrog: MultiGPU CFG Split in front of Async UNet Split is left out; the split has the GPUs."
+            )
         return made
 
     @property
     def denoiser(self) -> SplitDenoiser:
-        return self.model.leapfrog
+        return self.model.__dict__["leapfrog"]
 
     def is_dynamic(self) -> bool:
         return False
@@ -112,7 +121,9 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup | None) -> None:
         if hooks is not None:
-            raise LeapfrogError.of("unsupported_patch", "A conditioning carries weight hooks, which cannot travel to a rank.")
+            raise LeapfrogError.of(
+                "unsupported_patch", "A conditioning carries weight hooks, which cannot travel to a rank."
+            )
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         """No hook was ever applied."""

@@ -4,14 +4,14 @@ The life of one denoise step, which is also the reading order:
 
 1.  ``nodes/`` hands the arguments of ``diffusion_model.forward`` to a :class:`SplitDenoiser` or :class:`LanesDenoiser`
     (``denoiser.py``), made from a frozen plan (``plan.py``) and a recipe.
-2.  The schedule (``schedules/``, pure functions) says whether this evaluation is exact or asynchronous, or which rows go
-    to which rank.
+2.  The schedule (``schedules/``, pure functions) says whether this evaluation is exact or asynchronous, or which rows
+    go to which rank.
 3.  The tensors are written to shared memory (``tensors.py``) and one typed message (``protocol.py``) goes down each
     rank's channel (``channel.py``).
 4.  The pool (``supervisor.py``) waits for the replies under a deadline, notices ranks that die, and lets the caller
     cancel. Processes are started and ended in ``launcher.py`` alone.
-5.  In a rank (``worker/rank.py``) the component or the whole denoiser runs with ComfyUI's own code; ranks exchange hidden
-    states through torch.distributed (``worker/links.py``).
+5.  In a rank (``worker/rank.py``) the component or the whole denoiser runs with ComfyUI's own code; ranks exchange
+    hidden states through torch.distributed (``worker/links.py``).
 6.  The result comes back through shared memory; ``report.py`` keeps who did what when.
 
 Importing this package starts nothing.

@@ -30,7 +30,7 @@ def _read_orders() -> bytes:
 
 
 def _import_backend():
-    """This package under its own name, without its parent on sys.path: there, ``nodes/`` would hide ComfyUI's nodes.py."""
+    """This package under its own name. Its parent stays off sys.path: ``nodes/`` would hide ComfyUI's nodes.py."""
     here = Path(__file__).resolve().parent
     spec = importlib.util.spec_from_file_location(
         "parallel_backend", here / "__init__.py", submodule_search_locations=[str(here)]

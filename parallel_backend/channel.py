@@ -19,6 +19,7 @@ from .protocol import MAX_MESSAGE
 
 Received = TypeVar("Received")
 LOOPBACK = "127.0.0.1"
+PROOF_TIMEOUT_S = 2.0
 
 
 class Channel(Generic[Received]):
@@ -64,18 +65,21 @@ def knock(port: int, rank: int, secret: str, timeout_s: float) -> socket.socket:
 
 
 def admit(listener: socket.socket, secret: str, timeout_s: float) -> tuple[int, socket.socket] | None:
-    """The host's side: ``(rank, socket)`` of the next caller, None if none came in time or it did not know the secret."""
-    deadline = time.monotonic() + timeout_s
+    """The host's side: ``(rank, socket)`` of the next caller, None if none came in time or it did not know the secret.
+
+    A caller has two seconds of its own to say it, however short ``timeout_s`` is: a busy machine may let it wait.
+    """
     listener.settimeout(timeout_s)
     try:
         sock, _ = listener.accept()
     except TimeoutError:
         return None
+    deadline = time.monotonic() + PROOF_TIMEOUT_S
     expected = bytes.fromhex(secret)
     proof = b""
     try:
         while len(proof) < len(expected) + 2:
-            sock.settimeout(max(0.01, min(2.0, deadline - time.monotonic())))
+            sock.settimeout(max(0.01, deadline - time.monotonic()))
             part = sock.recv(len(expected) + 2 - len(proof))
             if not part:
                 break

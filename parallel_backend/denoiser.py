@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -17,7 +17,7 @@ from .schedules.asyncdiff import Streams
 from .schedules.parastep import row_shares
 from .schedules.partition import partition, slowest_share
 from .supervisor import ComfyHost, Pool, Tick, acquire, step_timeout_s
-from .tensors import slice_rows
+from .tensors import flatten, slice_rows
 
 log = logging.getLogger("leapfrog")
 WARM_TIMEOUT_S = 30.0
@@ -40,6 +40,14 @@ class RemoteDenoiser:
         self.report: RunReport | None = None
         self._pool: Pool | None = None
         self._slowest = 0.0
+
+    @staticmethod
+    def check_patches(patches: Patches) -> None:
+        """Raises LeapfrogError unsupported_patch, by name, for weight patches that cannot travel to a rank."""
+        try:
+            flatten(patches[1], "weight patches")
+        except TypeError as error:
+            raise LeapfrogError.of("unsupported_patch", f"{error}.") from None
 
     def begin_run(self) -> None:
         """Forget stale state; call before the first step of every sampling run."""
@@ -106,7 +114,8 @@ class RemoteDenoiser:
             timeout = min(timeout, max(WARM_TIMEOUT_S, WARM_TIMEOUT_FACTOR * self._slowest))
         began = time.perf_counter()
         replies: dict[int, Done] = pool.request(messages, timeout, tick)
-        outputs = [pool.read(replies[r].output) for r in sorted(replies) if replies[r].output]
+        payloads = [replies[rank].output for rank in sorted(replies)]
+        outputs = [pool.read(payload) for payload in payloads if payload]
         seconds = time.perf_counter() - began
         self._slowest = max(self._slowest, seconds)
         assert self.report
@@ -131,7 +140,7 @@ class SplitDenoiser(RemoteDenoiser):
     """Async UNet Split: each rank holds one component."""
 
     title = "Async UNet Split"
-    _costs: dict[Hashable, list[float]] = {}
+    _costs: ClassVar[dict[Hashable, list[float]]] = {}
 
     def __init__(self, plan: SplitPlan, recipe: Recipe, host: ComfyHost):
         super().__init__(plan.devices, recipe, host)
@@ -184,8 +193,6 @@ class SplitDenoiser(RemoteDenoiser):
             self._costs[key] = reply.seconds
             log.info("Leapfrog: measured %d units, %.1f ms together", len(reply.seconds), 1e3 * sum(reply.seconds))
         costs = self._costs[key]
-        if self.plan.components > len(costs):
-            raise LeapfrogError.of("bad_plan", f"{self.plan.components} components, but the denoiser has {len(costs)} units.")
         bounds = list(partition(costs, self.plan.components))
         share = slowest_share(costs, bounds)
         log.info("Leapfrog: components %s, the slowest is %.0f %% of the denoiser", bounds, 100 * share)
@@ -204,7 +211,7 @@ class LanesDenoiser(RemoteDenoiser):
     def __call__(self, inputs: Any, x: torch.Tensor, group: int, patches: Patches, tick: Tick) -> torch.Tensor:
         """Evaluate the denoiser on ``x`` of ``[rows, ...]``, rows spread over the ranks in groups of ``group``.
 
-        Every tensor in ``inputs`` whose first dimension is the number of rows is spread with them; the rest goes to all.
+        Tensors in ``inputs`` whose first dimension is the number of rows are spread with them; the rest goes to all.
         """
         rows = x.shape[0]
         pool = self._ready(tick)
@@ -222,5 +229,3 @@ class LanesDenoiser(RemoteDenoiser):
                     messages[rank] = Evaluate(inputs=share, out=out + rank * room, out_size=room)
             parts = self._evaluate(pool, messages, f"{rows} rows", tick)
         return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-

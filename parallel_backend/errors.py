@@ -21,14 +21,14 @@ HINTS = {
     "missing_file": "Put the file back, or choose another one in the loader.",
     "rank_start": "The log above holds what the rank printed; a free port on 127.0.0.1 and enough memory are needed.",
     "rank_died": "The next prompt starts a new pool. If it dies again, the rank's last lines say why.",
-    "rank_timeout": "The pool was stopped; the next prompt starts a new one. LEAPFROG_STEP_TIMEOUT (seconds) raises the limit.",
+    "rank_timeout": "The next prompt starts a new pool. LEAPFROG_STEP_TIMEOUT (seconds) raises the limit.",
     "rank_oom": "Use a smaller size or batch, more components, or devices with more memory.",
     "rank_error": "The rank's traceback is in the log. Please report it with the workflow.",
 }
 
 
 class ErrorReport(msgspec.Struct, frozen=True):
-    """One failure. ``step`` counts denoiser calls of the run from 0, -1 where there is none; ``rank`` is -1 for the host."""
+    """One failure. ``step`` counts the rank's denoiser calls, -1 where there is none; ``rank`` is -1 for the host."""
 
     code: str
     message: str

@@ -60,7 +60,6 @@ class RankProcess:
     def __init__(self, spec: LaunchSpec):
         self.rank = spec.rank
         self.tail: deque[str] = deque(maxlen=40)
-        session = {"start_new_session": True} if os.name == "posix" else {"creationflags": 0x00000200}
         self._process = subprocess.Popen(
             [sys.executable, str(PACKAGE)],
             stdin=subprocess.PIPE,
@@ -68,7 +67,9 @@ class RankProcess:
             stderr=subprocess.STDOUT,
             env=rank_environment(spec.device, spec.backend, spec.threads),
             cwd=spec.comfy_root,
-            **session,
+            # out of reach of the terminal's Ctrl+C, which is for the host
+            start_new_session=os.name == "posix",
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
         assert self._process.stdin and self._process.stdout
         try:

@@ -1,12 +1,14 @@
-"""Plans: which devices, how many components or lanes, which schedule. Frozen, validated once, before any process starts."""
+"""Plans: which devices, how many components or lanes, which schedule. Frozen, validated before a process starts."""
 
 from __future__ import annotations
 
 import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from .errors import LeapfrogError
+from .units import find_units
 
 CPU = "cpu"
 SPLIT_MODES = ("async", "exact")
@@ -45,16 +47,22 @@ def choose_devices(text: str, wanted: int, machine: Machine) -> tuple[str, ...]:
     named = tuple(_device(part.strip(), text, machine) for part in text.split(","))
     repeated = sorted({d for d in named if d != CPU and named.count(d) > 1})
     if repeated and os.environ.get("LEAPFROG_SHARE_GPU") != "1":
-        raise LeapfrogError.of("bad_devices", f"devices '{text}' names {repeated[0]} twice; each rank needs its own GPU.")
+        raise LeapfrogError.of(
+            "bad_devices", f"devices '{text}' names {repeated[0]} twice; each rank needs its own GPU."
+        )
     if wanted > len(named):
-        raise LeapfrogError.of("bad_plan", f"{wanted} ranks need {wanted} devices, but devices '{text}' names {len(named)}.")
+        raise LeapfrogError.of(
+            "bad_plan", f"{wanted} ranks need {wanted} devices, but devices '{text}' names {len(named)}."
+        )
     return named[:wanted] if wanted else named
 
 
 def _auto_devices(wanted: int, machine: Machine) -> tuple[str, ...]:
     if machine.cuda:
         if wanted > machine.cuda:
-            raise LeapfrogError.of("bad_plan", f"{wanted} ranks need {wanted} GPUs, but this machine has {machine.cuda}.")
+            raise LeapfrogError.of(
+                "bad_plan", f"{wanted} ranks need {wanted} GPUs, but this machine has {machine.cuda}."
+            )
         return tuple(f"cuda:{i}" for i in range(wanted or machine.cuda))
     if wanted > machine.cores:
         names = ",".join([CPU] * wanted)
@@ -91,7 +99,9 @@ class SplitPlan:
         if self.mode not in SPLIT_MODES:
             raise LeapfrogError.of("bad_plan", f"mode '{self.mode}' is not one of {', '.join(SPLIT_MODES)}.")
         if self.warmup < 1:
-            raise LeapfrogError.of("bad_plan", f"warm-up {self.warmup}: the first step has no older state to use, so at least 1.")
+            raise LeapfrogError.of(
+                "bad_plan", f"warm-up {self.warmup}: the first step has no older state to use, so at least 1."
+            )
 
     @classmethod
     def choose(cls, devices: str, components: int, warmup: int, mode: str) -> SplitPlan:
@@ -101,6 +111,14 @@ class SplitPlan:
     @property
     def components(self) -> int:
         return len(self.devices)
+
+    def check(self, denoiser: Any) -> None:
+        """Raises LeapfrogError: unsupported_model, or bad_plan for more components than the denoiser has units."""
+        units = len(find_units(denoiser))
+        if self.components > units:
+            raise LeapfrogError.of(
+                "bad_plan", f"components {self.components}: this denoiser can be cut into {units} units at most."
+            )
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from .errors import ErrorReport
-from .tensors import TensorHead
+from .errors import ErrorReport, LeapfrogError
+from .tensors import TensorHead, flatten
 
 MAX_MESSAGE = 64 << 20
 
@@ -47,6 +49,21 @@ class Recipe(msgspec.Struct, frozen=True):
     options: str
     stamp: tuple[int, int]
 
+    @classmethod
+    def of(cls, loader: str, path: str, options: dict[str, Any]) -> Recipe:
+        """Raises LeapfrogError: missing_file, or no_recipe where the options cannot be repeated in a rank."""
+        file = Path(path)
+        if not file.is_file():
+            raise LeapfrogError.of("missing_file", f"The model file {file.name} is not in its folder any more.")
+        try:
+            spec, tensors = flatten(options, "options")
+        except TypeError as error:
+            raise LeapfrogError.of("no_recipe", f"The MODEL's loader got {error}.") from None
+        if tensors:
+            raise LeapfrogError.of("no_recipe", "The MODEL's loader got tensors among its options.")
+        status = file.stat()
+        return cls(loader, str(file.resolve()), json.dumps(spec), (status.st_size, status.st_mtime_ns))
+
 
 class HostMessage(msgspec.Struct, tag_field="type", tag=str.lower):
     """Base of what the host sends. ``call`` numbers requests; a reply carries the number of its request."""
@@ -70,7 +87,7 @@ class Profile(HostMessage):
 class Load(HostMessage):
     """Hold units ``first`` to ``last`` of the recipe's denoiser, or all of it where ``bounds`` is empty.
 
-    ``bounds`` are the components of all ranks. ``patches`` is a tree {key: [(strength, value, strength_model, offset)]}.
+    ``bounds`` are the components of all ranks. ``patches`` is the tree that nodes/recipe.py writes.
     """
 
     recipe: Recipe | None = None
@@ -93,6 +110,14 @@ class Evaluate(HostMessage):
     stream: int = 0
     shape: int = 0
     exact: bool = True
+
+
+class Echo(HostMessage):
+    """Send the one tensor of ``inputs`` back: the cost of a round trip, and the doctor's first question."""
+
+    inputs: Payload | None = None
+    out: int = 0
+    out_size: int = 0
 
 
 class Unload(HostMessage):
@@ -157,5 +182,5 @@ class Ok(RankMessage):
     """Plain acknowledgement."""
 
 
-FromHost = Join | Profile | Load | Evaluate | Unload | Stop
+FromHost = Join | Profile | Load | Evaluate | Echo | Unload | Stop
 FromRank = Hello | Ready | Profiled | Loaded | Done | Failed | Ok

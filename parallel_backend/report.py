@@ -75,7 +75,9 @@ class RunReport:
         for s in self.spans:
             args = {"call": s.call, "waited_ms": s.waited * 1e3, "sent_bytes": s.sent}
             start, length = (s.begin - self.began) * 1e6, (s.end - s.begin) * 1e6
-            events.append({"ph": "X", "pid": 0, "tid": s.rank, "name": s.kind, "ts": start, "dur": length, "args": args})
+            events.append(
+                {"ph": "X", "pid": 0, "tid": s.rank, "name": s.kind, "ts": start, "dur": length, "args": args}
+            )
         weights = [{"rank": r, "bytes": held.nbytes, "units": held.units} for r, held in enumerate(self.loaded)]
         path = Path(folder) / f"run-{os.getpid()}-{time.time_ns()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)

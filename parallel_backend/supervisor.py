@@ -86,12 +86,15 @@ class Pool:
     def payload(self, tree: Any, tick: Tick, reserve: int = 0, where: str = "value") -> tuple[Payload, int]:
         """Write a tree into the arena; returns it with the offset of ``reserve`` free bytes after it.
 
+        Raises LeapfrogError unsupported_patch, with the place in the tree, for a value that cannot travel.
         Waits first for ranks that still work on a request that was given up: they may be reading the arena.
         """
         self._collect(dict(self._owed), time.monotonic() + step_timeout_s(), tick)
-        spec, tensors = flatten(tree, where)
-        tensors = [t.detach() for t in tensors]
-        heads, end = place(tensors)
+        try:
+            spec, tensors = flatten(tree, where)
+            heads, end = place(tensors)
+        except TypeError as error:
+            raise LeapfrogError.of("unsupported_patch", f"{error}.") from None
         size = end + reserve
         if self._arena is None or self._arena.size < size:
             if self._arena:
@@ -122,7 +125,7 @@ class Pool:
                 self._channels[rank].send(message)
         except OSError:
             self._collect(dict(self._owed), time.monotonic() + END_GRACE_S, tick)
-        return self._collect({rank: self._call for rank in messages}, deadline, tick)
+        return self._collect(dict.fromkeys(messages, self._call), deadline, tick)
 
     def _collect(self, calls: dict[int, int], deadline: float, tick: Tick) -> dict[int, Any]:
         replies: dict[int, Any] = {}

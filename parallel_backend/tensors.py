@@ -54,7 +54,9 @@ def flatten(tree: Any, where: str = "value") -> tuple[Any, list[torch.Tensor]]:
             return ["d", [[walk(k, path), walk(v, f"{path}[{k!r}]")] for k, v in value.items()]]
         if isinstance(value, torch.dtype):
             return ["y", _NAMES[value]]
-        raise TypeError(f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which cannot travel to a rank")
+        raise TypeError(
+            f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which cannot travel to a rank"
+        )
 
     return walk(tree, where), tensors
 
@@ -69,6 +71,8 @@ def unflatten(spec: Any, tensors: Sequence[torch.Tensor]) -> Any:
         if kind == "v":
             return body
         if kind == "t":
+            if type(body) is not int or body < 0:
+                raise ValueError("malformed tree")
             return tensors[body]
         if kind == "y":
             return DTYPES[body]
@@ -79,7 +83,10 @@ def unflatten(spec: Any, tensors: Sequence[torch.Tensor]) -> Any:
             return {walk(k, depth + 1): walk(v, depth + 1) for k, v in body}
         raise ValueError(f"unknown kind {kind!r} in a tree")
 
-    return walk(spec, 0)
+    try:
+        return walk(spec, 0)
+    except (IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"malformed tree: {error!r}") from None
 
 
 def place(tensors: Iterable[torch.Tensor], start: int = 0) -> tuple[list[TensorHead], int]:
@@ -95,7 +102,7 @@ def place(tensors: Iterable[torch.Tensor], start: int = 0) -> tuple[list[TensorH
 
 
 def slice_rows(head: TensorHead, rows: int, begin: int, end: int) -> TensorHead:
-    """The head of rows ``[begin, end)`` of a tensor that has ``rows`` rows; of the whole tensor if it has another number."""
+    """The head of rows ``[begin, end)`` of a tensor of ``rows`` rows; of the whole if it has another number of them."""
     if not head.shape or head.shape[0] != rows:
         return head
     row_bytes = head.nbytes // rows if rows else 0

@@ -69,9 +69,11 @@ def find_units(denoiser: Any) -> list[Unit]:
 
 
 def needed_by(units: Sequence[Unit], bounds: Sequence[tuple[int, int]], rank: int) -> list[int]:
-    """Indices of the units of earlier ranks whose outputs ``rank`` needs: the running state and the skips it consumes."""
+    """Units of earlier ranks whose outputs ``rank`` needs: the running state and the skips that it consumes."""
     first, last = bounds[rank]
-    consumed = {i for i, unit in enumerate(units[:first]) if unit.consumer is not None and first <= unit.consumer <= last}
+    consumed = {
+        i for i, unit in enumerate(units[:first]) if unit.consumer is not None and first <= unit.consumer <= last
+    }
     return sorted(consumed | {first - 1} if first else consumed)
 
 

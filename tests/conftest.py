@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 
 from pack import add_comfyui, has_gpu, load_pack
 
+# Before torch is loaded, and for every process that a test starts: OpenMP threads that spin while they wait make a
+# prompt 20 times slower where more processes compute than there are cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 add_comfyui()
 load_pack()
 

@@ -22,7 +22,7 @@ class Streams:
         self._seen: dict[Hashable, int] = {}
 
     def next(self, stream: Hashable) -> tuple[int, bool]:
-        """``(number of the stream, exact?)`` for its next evaluation; numbers count streams from 0 in order of arrival."""
+        """``(number of the stream, exact?)`` for its next evaluation; streams are numbered as they first appear."""
         done = self._seen.get(stream, 0)
         self._seen[stream] = done + 1
         number = list(self._seen).index(stream)
@@ -30,6 +30,6 @@ class Streams:
 
 
 def ideal_speedup(steps: int, warmup: int, slowest: float) -> float:
-    """Speed against one device of the same kind: ``warmup`` full evaluations, then the slowest component's share of one."""
+    """Speed against one device: ``warmup`` full evaluations, then the slowest component's share of one each."""
     exact = min(warmup, steps)
     return steps / (exact + (steps - exact) * slowest)

@@ -1,4 +1,4 @@
-"""ParaStep (arXiv 2505.14741, section 3): rounds of steps evaluated at once, from latents reached with reused predictions.
+"""ParaStep (arXiv 2505.14741, section 3): rounds of steps evaluated at once, from latents on reused predictions.
 
 Shapes: ``x`` and every prediction are latents ``[batch, ...]``; ``d`` is the derivative dx/dsigma, which is the model's
 own output for noise-predicting and flow-matching models. All functions are the mathematics only: evaluating the model
@@ -15,7 +15,7 @@ import torch
 
 
 def rounds(steps: int, lanes: int, warmup: int) -> list[tuple[int, int]]:
-    """``(first step, length)`` of every round: ``warmup`` single steps, rounds of up to ``lanes``, and the last step alone.
+    """``(first step, length)`` of all rounds: ``warmup`` single steps, rounds of up to ``lanes``, the last step alone.
 
     The last step starts from a latent that was never predicted: ending on a predicted one costs up to 15 dB.
     """
@@ -31,7 +31,7 @@ def rounds(steps: int, lanes: int, warmup: int) -> list[tuple[int, int]]:
 
 
 def ideal_speedup(steps: int, lanes: int, warmup: int) -> float:
-    """Speed against one device when every round costs one evaluation (methods.md: w + ceil((n - w) / p) evaluations)."""
+    """Speed against one device when a round costs one evaluation: the paper's w + ceil((n - w) / p) of them."""
     exact = min(warmup, steps)
     return steps / (exact + math.ceil((steps - exact) / lanes))
 

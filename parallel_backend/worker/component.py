@@ -1,8 +1,8 @@
 """One component of a split denoiser on its rank: runs ComfyUI's own forward, answers for the units it does not hold.
 
 Every rank runs the whole forward. A unit of an earlier rank is absent here: its stand-in returns what arrived from
-that rank, or an empty meta tensor where nobody will look. When the last own unit is done, the forward is left, except on
-the last rank, whose forward ends in the result. Small shared parts (embeddings, input and output layers) run on each
+that rank, or an empty meta tensor where nobody will look. After the last own unit the forward is left, except on the
+last rank, whose forward ends in the result. Small shared parts (embeddings, input and output layers) run on each
 rank and are never stale.
 """
 
@@ -36,7 +36,7 @@ class StreamState:
 
 
 class Component:
-    """Units ``bounds[rank]`` of a denoiser. ``forward`` is the denoiser's, its units tapped and its absences answered."""
+    """Units ``bounds[rank]`` of a denoiser. ``forward`` is the denoiser's, units tapped and absences answered."""
 
     def __init__(
         self, forward: Callable[..., Any], units: Sequence[Unit], bounds: Sequence[tuple[int, int]], links: Links

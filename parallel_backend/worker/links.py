@@ -42,9 +42,7 @@ class Incoming:
 class Links:
     """This rank's links to the others. Between two ranks, messages arrive in the order in which they were sent."""
 
-    def __init__(
-        self, store: dist.Store, rank: int, world: int, backend: str, device: torch.device, timeout_s: float
-    ):
+    def __init__(self, store: dist.Store, rank: int, world: int, backend: str, device: torch.device, timeout_s: float):
         self.rank = rank
         self.world = world
         self.device = device
@@ -59,7 +57,7 @@ class Links:
 
     def tell(self, key: str, value: bytes) -> None:
         """Make a small value known to all ranks."""
-        self._store.set(f"{key}/{self.rank}", value)
+        self._store.set(f"{key}/{self.rank}", value)  # pyright: ignore[reportArgumentType]
 
     def ask(self, key: str, rank: int) -> bytes:
         """What ``rank`` told under ``key``; waits for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import logging
 import os
 import sys
@@ -17,8 +18,25 @@ import torch
 from ..channel import LOOPBACK, Channel, knock
 from ..errors import ErrorReport
 from ..protocol import (
-    Done, Evaluate, Failed, FromHost, Hello, HostMessage, Join, LaunchSpec, Load, Loaded, Ok, Payload, Profile, Profiled,
-    RankMessage, Ready, Stop, Unload,
+    Done,
+    Echo,
+    Evaluate,
+    Failed,
+    FromHost,
+    Hello,
+    HostMessage,
+    Join,
+    LaunchSpec,
+    Load,
+    Loaded,
+    Ok,
+    Payload,
+    Profile,
+    Profiled,
+    RankMessage,
+    Ready,
+    Stop,
+    Unload,
 )  # fmt: skip
 from ..tensors import Arena, flatten, place, unflatten
 from .links import Links, open_store
@@ -47,6 +65,7 @@ def _start(spec: LaunchSpec, channel: Channel[FromHost]) -> Rank:
     from .models.boot import boot_comfy
 
     device = boot_comfy(spec.comfy_args)
+    importlib.import_module(".models.denoiser", __package__)  # slow, so before the rank counts as ready
     channel.send(Hello(store_port=port))
     join = channel.receive(spec.timeout_s)
     assert isinstance(join, Join)
@@ -74,6 +93,7 @@ class Rank:
             Profile: self._profile,
             Load: self._load,
             Evaluate: self._evaluate,
+            Echo: self._echo,
             Unload: self._unload,
         }
 
@@ -153,7 +173,13 @@ class Rank:
             output=output, begin=begin, end=time.perf_counter(), waited=self._links.waited, sent=self._links.sent
         )
 
-    def _put(self, result: Any, message: Evaluate) -> Payload:
+    def _echo(self, message: Echo) -> Done:
+        assert message.inputs
+        begin = time.perf_counter()
+        output = self._put(self._tree(message.inputs).to(self._device, copy=True), message)
+        return Done(output=output, begin=begin, end=time.perf_counter())
+
+    def _put(self, result: Any, message: Evaluate | Echo) -> Payload:
         assert self._arena
         spec, tensors = flatten(result, "denoiser output")
         heads, end = place(tensors, message.out)
@@ -172,5 +198,3 @@ def _report(error: Exception, rank: int, step: int) -> ErrorReport:
         step=step,
         traceback=traceback.format_exc(),
     )
-
-

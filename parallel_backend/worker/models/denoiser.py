@@ -82,9 +82,7 @@ class HeldDenoiser:
         return args, to_device(kwargs, self._device, dtype)
 
 
-def profile_units(
-    recipe: Recipe, tree: tuple[Any, Any], device: torch.device
-) -> tuple[list[float], list[str]]:
+def profile_units(recipe: Recipe, tree: tuple[Any, Any], device: torch.device) -> tuple[list[float], list[str]]:
     """``(seconds, names)``: the time of each unit for these inputs, the best of three, on this device.
 
     Weights are neither read nor resident: on a CPU, untouched memory; on a GPU one unit at a time.

@@ -1,7 +1,7 @@
 """Rebuilding a denoiser from its recipe with ComfyUI's loaders: whole, one component of it, or an empty shell.
 
-ComfyUI builds the model object first, without touching the memory of its weights, and copies them in afterwards. Between
-the two, units that another rank holds are replaced by absences, so their weights are never read and never resident.
+ComfyUI builds the model object first, without touching the memory of its weights, and copies them in afterwards. In
+between, units that another rank holds are replaced by absences, so their weights are never read and never resident.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ...protocol import Recipe
 from ...tensors import unflatten
 
 Prepare = Callable[[torch.nn.Module], Sequence[str]]
-ADAPTERS = {adapter.__name__: adapter for adapter in comfy.weight_adapter.adapters}
+ADAPTERS: dict[str, Any] = {adapter.__name__: adapter for adapter in comfy.weight_adapter.adapters}
 
 
 def build(recipe: Recipe, prepare: Prepare, read_weights: bool = True) -> comfy.model_patcher.ModelPatcher:
@@ -39,10 +39,11 @@ def build(recipe: Recipe, prepare: Prepare, read_weights: bool = True) -> comfy.
                 state, model_options=options, metadata=metadata, disable_dynamic=True
             )
         else:
-            patcher = comfy.sd.load_state_dict_guess_config(
+            loaded: Any = comfy.sd.load_state_dict_guess_config(
                 state, output_vae=False, output_clip=False, model_options=options, metadata=metadata,
                 disable_dynamic=True,
-            )[0]  # fmt: skip
+            )  # fmt: skip
+            patcher = loaded[0] if loaded else None
     if patcher is None:
         raise RuntimeError(f"ComfyUI does not know the model in {recipe.path}")
     return patcher
@@ -52,7 +53,7 @@ def build(recipe: Recipe, prepare: Prepare, read_weights: bool = True) -> comfy.
 def _between_build_and_read(prepare: Prepare, read_weights: bool) -> Iterator[None]:
     original = comfy.model_base.BaseModel.load_model_weights
 
-    def load_model_weights(self: comfy.model_base.BaseModel, sd: dict, prefix: str = "", assign: bool = False) -> Any:
+    def load_model_weights(self: Any, sd: dict, unet_prefix: str = "", assign: bool = False) -> Any:
         absent = tuple(f"{path}." for path in prepare(self.diffusion_model))
         if not read_weights:
             return self
@@ -60,7 +61,7 @@ def _between_build_and_read(prepare: Prepare, read_weights: bool) -> Iterator[No
         self.model_config.process_unet_state_dict = lambda sd: {
             k: v for k, v in convert(sd).items() if not k.startswith(absent)
         }
-        return original(self, sd, prefix, assign=assign)
+        return original(self, sd, unet_prefix, assign=assign)
 
     comfy.model_base.BaseModel.load_model_weights = load_model_weights
     try:

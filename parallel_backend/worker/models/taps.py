@@ -22,7 +22,9 @@ class Absence(torch.nn.Module):
         return self.answer()
 
 
-def take_out(denoiser: torch.nn.Module, units: Sequence[Unit], absent: Sequence[int], answer: Callable[[int], Any]) -> None:
+def take_out(
+    denoiser: torch.nn.Module, units: Sequence[Unit], absent: Sequence[int], answer: Callable[[int], Any]
+) -> None:
     """Replace the units with indices ``absent`` by absences. Names of the other units' weights do not change."""
     for index in absent:
         path = units[index].path
@@ -34,20 +36,28 @@ def take_out(denoiser: torch.nn.Module, units: Sequence[Unit], absent: Sequence[
         denoiser.get_submodule(parent).register_module(name, module)
 
 
-def tap(denoiser: torch.nn.Module, units: Sequence[Unit], held: Sequence[int], produced: Callable[[int, Any], None]) -> None:
+def tap(
+    denoiser: torch.nn.Module, units: Sequence[Unit], held: Sequence[int], produced: Callable[[int, Any], None]
+) -> None:
     """Call ``produced(index, output)`` whenever a held unit has computed; it may raise to leave the forward."""
     for index in held:
         module = _last_called(denoiser.get_submodule(units[index].path))
         module.register_forward_hook(lambda _m, _a, output, index=index: produced(index, output))
 
 
-def on_start(denoiser: torch.nn.Module, units: Sequence[Unit], held: Sequence[int], started: Callable[[int], None]) -> None:
+def on_start(
+    denoiser: torch.nn.Module, units: Sequence[Unit], held: Sequence[int], started: Callable[[int], None]
+) -> None:
     """Call ``started(index)`` whenever a held unit is about to compute."""
     for index in held:
         module = denoiser.get_submodule(units[index].path)
         if isinstance(module, TimestepEmbedSequential):
             module = next(module.children())
-        module.register_forward_pre_hook(lambda _m, _a, index=index: started(index))
+        module.register_forward_pre_hook(_before(started, index))
+
+
+def _before(started: Callable[[int], None], index: int) -> Callable[[torch.nn.Module, Any], None]:
+    return lambda _module, _args: started(index)
 
 
 def _last_called(module: torch.nn.Module) -> torch.nn.Module:

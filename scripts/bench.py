@@ -1,0 +1,228 @@
+"""`make bench`: times of both blocks against ComfyUI alone, side by side in one run, on one thread per process.
+
+The denoiser is a full-size Stable Diffusion 1.5 U-Net with random weights, made at run time. Each figure stands beside
+what the schedule could reach at best and what this machine lets two processes reach at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from pack import ROOT, add_comfyui, load_pack
+
+CFG = 7.0
+RANKS = 2
+MODEL = ROOT / "build" / "bench" / "sd15_random.safetensors"
+SECONDS_SOLO = 12.0
+
+
+def write_sd15(path: Path) -> None:
+    """A U-Net of Stable Diffusion 1.5's layout, 860 M parameters, float32, seeded random weights."""
+    import comfy.ops
+    import torch
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+    from safetensors.torch import save_file
+
+    build: Any = UNetModel
+    net = build(
+        image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2, 2, 2, 2],
+        channel_mult=[1, 2, 4, 4], transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_middle=1,
+        transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], num_heads=8, context_dim=768,
+        use_spatial_transformer=True, use_linear_in_transformer=False, legacy=False, dtype=torch.float32, device="cpu",
+        operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    draw = torch.Generator().manual_seed(0)
+    state = {}
+    for name, value in net.state_dict().items():
+        fan = value[0].numel() if value.ndim > 1 else 1
+        scale = 0.7 / fan**0.5 if value.ndim > 1 else 0.0
+        state[name] = torch.randn(value.shape, generator=draw) * scale + (value.ndim == 1 and name.endswith("weight"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".part")
+    save_file(state, str(partial))
+    partial.rename(path)
+
+
+def conditioning(seed: int) -> list:
+    import torch
+
+    return [[torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(seed)), {}]]
+
+
+def sample(model, sampler, steps: int, size: int):
+    """``(latent, seconds)`` of one run; ``size`` is the latent's side."""
+    import comfy.sample
+    import comfy.samplers
+    import torch
+
+    latent = torch.zeros(1, 4, size, size)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
+    with torch.inference_mode():
+        began = time.perf_counter()
+        result = comfy.sample.sample_custom(
+            model, noise, CFG, sampler, sigmas, conditioning(1), conditioning(2), latent, disable_pbar=True, seed=3
+        )
+        return result, time.perf_counter() - began
+
+
+def solo(size: int) -> None:
+    """Evaluate the denoiser again and again on one thread for a while; print the calls per second."""
+    import comfy.sd
+    import torch
+
+    torch.set_num_threads(1)
+    denoiser = comfy.sd.load_diffusion_model(str(MODEL)).model.diffusion_model
+    x, t, context = torch.randn(2, 4, size, size), torch.full((2,), 500.0), torch.randn(2, 77, 768)
+    with torch.inference_mode():
+        denoiser(x, t, context=context)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        began, calls = time.perf_counter(), 0
+        while time.perf_counter() - began < SECONDS_SOLO:
+            denoiser(x, t, context=context)
+            calls += 1
+        print(calls / (time.perf_counter() - began), flush=True)
+
+
+def machine_factor(size: int) -> float:
+    """Throughput of two independent one-thread processes of the denoiser together, against one alone."""
+
+    def together(count: int) -> float:
+        command = [sys.executable, __file__, "--solo", "--size", str(size)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        jobs = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+            for _ in range(count)
+        ]
+        for job in jobs:
+            said: Any = job.stdout
+            while said.readline().strip() != "ready":
+                if job.poll() is not None:
+                    raise RuntimeError("a solo process ended early")
+        for job in jobs:
+            orders: Any = job.stdin
+            orders.write("go\n")
+            orders.flush()
+        return sum(float(job.communicate()[0].split()[-1]) for job in jobs)
+
+    return together(2) / together(1)
+
+
+def round_trip_ms() -> float:
+    """Median of 500 round trips of a 4x64x64 float32 latent to an idle rank and back, in milliseconds."""
+    import torch
+
+    from leapfrog.nodes.recipe import comfy_host
+    from leapfrog.parallel_backend.protocol import Echo
+    from leapfrog.parallel_backend.supervisor import acquire
+
+    pool = acquire(("cpu",) * RANKS, comfy_host(), lambda: None)
+    latent = torch.randn(1, 4, 64, 64)
+    times = []
+    for _ in range(500):
+        began = time.perf_counter()
+        payload, out = pool.payload(latent, lambda: None, reserve=latent.nbytes + 64)
+        messages = {r: Echo(inputs=payload, out=out, out_size=latent.nbytes + 64) for r in range(RANKS)}
+        replies = pool.request(messages, 10.0, lambda: None)
+        pool.read(replies[0].output)
+        times.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", type=int, default=16, help="side of the latent")
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--solo", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    add_comfyui()
+    load_pack()
+    import torch
+
+    if not MODEL.exists():
+        print("making a random Stable Diffusion 1.5 U-Net (3.4 GB) ...", flush=True)
+        write_sd15(MODEL)
+    if options.solo:
+        solo(options.size)
+        return
+    torch.set_num_threads(1)
+    run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    import comfy.samplers
+    import comfy.sd
+
+    from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
+    from leapfrog.parallel_backend import SplitDenoiser
+    from leapfrog.parallel_backend.schedules import asyncdiff, parastep
+    from leapfrog.parallel_backend.supervisor import close_all
+
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {RANKS} one-thread ranks")
+    print(
+        f"Stable Diffusion 1.5 U-Net, random weights, latent 4x{options.size}x{options.size}, {options.steps} steps, CFG"
+    )
+    factor = machine_factor(options.size)
+    print(f"two independent processes reach {factor:.2f}x of one on this machine")
+    print(f"host round trip, 4x64x64 latent, {RANKS} idle ranks: {round_trip_ms():.3f} ms median", flush=True)
+
+    whole = comfy.sd.load_diffusion_model(str(MODEL))
+    euler = comfy.samplers.sampler_object("euler")
+    devices = ",".join(["cpu"] * RANKS)
+    split = {m: AsyncUNetSplit.execute(whole, devices, 0, options.warmup, 1, m).args[0] for m in ("async", "exact")}
+    lanes = ParaStepSampler.execute("euler", 0, options.warmup, devices, "linear").args[0]
+    rows: dict[str, tuple[Callable, float]] = {
+        "ComfyUI alone": (lambda n: sample(whole, euler, n, options.size), 1.0),
+        "Async UNet Split, exact": (lambda n: sample(split["exact"], euler, n, options.size), 1.0),
+        "Async UNet Split, async": (
+            lambda n: sample(split["async"], euler, n, options.size),
+            asyncdiff.ideal_speedup(options.steps, options.warmup, 1 / RANKS),
+        ),
+        "ParaStep Sampler": (
+            lambda n: sample(whole, lanes, n, options.size),
+            parastep.ideal_speedup(options.steps, RANKS, options.warmup),
+        ),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in rows}
+    latents = {}
+    for _ in range(options.repeat):
+        for name, (work, _bound) in rows.items():
+            work(2)  # the ranks load what this row needs
+            latents[name], took = work(options.steps)
+            seconds[name].append(took)
+    reference = latents["ComfyUI alone"]
+    alone = statistics.median(seconds["ComfyUI alone"])
+    print(f"ComfyUI alone: {1e3 * alone / options.steps:.0f} ms per step on one thread")
+    print(f"{'':26}{'seconds':>9}{'speed':>8}{'bound':>8}{'of bound x factor':>19}{'rel. difference':>17}")
+    table = []
+    for name, (_work, bound) in rows.items():
+        took = statistics.median(seconds[name])
+        speed = alone / took
+        reached = speed / (bound / RANKS * factor) if bound > 1 else float("nan")
+        apart = float((latents[name] - reference).norm() / reference.norm())
+        print(f"{name:26}{took:9.2f}{speed:7.2f}x{bound:7.2f}x{reached:18.0%}{apart:17.1e}")
+        table.append({"name": name, "seconds": seconds[name], "speed": speed, "bound": bound, "difference": apart})
+    costs = next(iter(SplitDenoiser._costs.values()))
+    print("unit times, ms: " + " ".join(f"{1e3 * c:.0f}" for c in costs))
+    result = {"steps": options.steps, "size": options.size, "factor": factor, "rows": table}
+    (ROOT / "build" / "bench" / "result.json").write_text(json.dumps(result, indent=1))
+    close_all()
+
+
+if __name__ == "__main__":
+    main()

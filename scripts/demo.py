@@ -1,0 +1,210 @@
+"""`make demo`: one prompt after another through a real headless ComfyUI, alone and through both nodes.
+
+Prints a table, saves a picture with the results side by side and what each rank did when, and leaves nothing running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import Patch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from comfy_server import ComfyServer
+from pack import BUILD, ROOT
+
+GRAPHS = ROOT / "tests" / "graphs"
+OUT = BUILD / "demo"
+CAPTIONS = (
+    "a large red circle on the left",
+    "a small blue square at the top",
+    "a large green triangle in the center",
+    "a small yellow circle on the right",
+)
+COLOURS = {"exact": "#4c78a8", "async": "#f58518", "one step": "#4c78a8", "a round of steps": "#54a24b"}
+
+
+@dataclass
+class Mode:
+    """One row of the table: a graph, what came out, and the trace of its last run. Seconds are of the sampling node."""
+
+    name: str
+    graph: dict[str, Any]
+    ranks: int
+    seconds: list[float] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)
+    trace: dict[str, Any] | None = None
+
+
+def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
+    def graph(name: str, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        nodes = json.loads((GRAPHS / f"{name}.json").read_text())
+        for node, inputs in changes.items():
+            nodes[node]["inputs"].update(inputs)
+        return nodes
+
+    plain = {"sample": {"steps": steps}}
+    exact = {"sample": {"steps": steps}, "split": {"devices": devices, "mode": "exact"}}
+    lanes = {"sigmas": {"steps": steps}, "sampler": {"devices": devices}}
+    split = {"sample": {"steps": steps}, "split": {"devices": devices}}
+    return [
+        Mode("ComfyUI alone", graph("stock_flux", plain), 0),
+        Mode("Async UNet Split, async", graph("async_unet_split", split), ranks),
+        Mode("Async UNet Split, exact", graph("async_unet_split", exact), ranks),
+        Mode("ParaStep Sampler", graph("parastep_sampler", lanes), ranks),
+    ]
+
+
+def sampling_seconds(server: ComfyServer, prompt: str) -> float:
+    """How long the node called "sample" worked, by the times at which ComfyUI announced it and the next node."""
+    events = server.events(prompt, "executing")
+    begin = next(i for i, event in enumerate(events) if event.data.get("node") == "sample")
+    return events[begin + 1].time - events[begin].time
+
+
+def run(server: ComfyServer, mode: Mode, seed: int, caption: str, keep: bool) -> None:
+    mode.graph["positive"]["inputs"]["text"] = caption
+    mode.graph["sample"]["inputs"].update(
+        {name: seed for name in ("seed", "noise_seed") if name in mode.graph["sample"]["inputs"]}
+    )
+    prompt = server.queue(mode.graph)
+    entry = server.wait(prompt, timeout=600)
+    if keep:
+        server.wait_event("execution_success", prompt)
+        mode.seconds.append(sampling_seconds(server, prompt))
+        mode.pictures.append(np.asarray(Image.open(server.outputs(entry)[0]).convert("RGB")))
+
+
+def fidelity(mode: Mode, reference: Mode) -> tuple[float, float]:
+    """Mean PSNR in dB (infinite where every picture is the same) and mean SSIM against the reference's pictures."""
+    pairs = list(zip(reference.pictures, mode.pictures, strict=True))
+    with np.errstate(divide="ignore"):
+        psnr = [peak_signal_noise_ratio(a, b) for a, b in pairs]
+    return float(np.mean(psnr)), float(np.mean([structural_similarity(a, b, channel_axis=2) for a, b in pairs]))
+
+
+def table(rows: list[Mode]) -> list[str]:
+    alone = statistics.median(rows[0].seconds)
+    lines = [f"{'':26}{'ranks':>6}{'seconds':>9}{'speed':>8}{'PSNR':>11}{'SSIM':>8}"]
+    for mode in rows:
+        seconds = statistics.median(mode.seconds)
+        psnr, ssim = fidelity(mode, rows[0])
+        shown = "same" if np.isinf(psnr) else f"{psnr:.1f} dB"
+        ranks = str(mode.ranks) if mode.ranks else "-"
+        lines.append(f"{mode.name:26}{ranks:>6}{seconds:9.2f}{alone / seconds:7.2f}x{shown:>11}{ssim:8.4f}")
+    return lines
+
+
+def draw(rows: list[Mode], path: Path) -> None:
+    pooled = [mode for mode in rows if mode.trace]
+    figure = plt.figure(figsize=(11, 2.05 * len(rows) + 0.75 * len(pooled) + 1.2), layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[2.05 * len(rows), 0.75 * len(pooled) + 1.2])
+    top, bottom = parts
+    axes = top.subplots(len(rows), len(CAPTIONS), squeeze=False)
+    alone = statistics.median(rows[0].seconds)
+    for row, mode in enumerate(rows):
+        speed = alone / statistics.median(mode.seconds)
+        for column, picture in enumerate(mode.pictures):
+            ax = axes[row][column]
+            ax.imshow(picture)
+            ax.set_xticks([])
+            ax.set_yticks([])
+            if row == 0:
+                ax.set_title(CAPTIONS[column], fontsize=9)
+            else:
+                with np.errstate(divide="ignore"):
+                    psnr = peak_signal_noise_ratio(rows[0].pictures[column], picture)
+                ax.set_xlabel("same picture" if np.isinf(psnr) else f"{psnr:.1f} dB", fontsize=8)
+            if column == 0:
+                ax.set_ylabel(f"{mode.name.replace(', ', chr(10))}\n{speed:.2f}x", fontsize=9)
+    lines = bottom.subplots(len(pooled), 1, squeeze=False, sharex=True)[:, 0]
+    for ax, mode in zip(lines, pooled, strict=True):
+        timeline(ax, mode)
+    lines[-1].set_xlabel("milliseconds since the run began; grey: waiting for another rank")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def timeline(ax: plt.Axes, mode: Mode) -> None:
+    """One bar per rank and denoiser call."""
+    assert mode.trace
+    spans = [event for event in mode.trace["traceEvents"] if event["ph"] == "X"]
+    begin = min(span["ts"] for span in spans)
+    most = max(int(span["name"].split()[0]) if "rows" in span["name"] else 0 for span in spans)
+    used = {}
+    for span in spans:
+        kind = span["name"]
+        if "rows" in kind:
+            kind = "a round of steps" if int(kind.split()[0]) == most else "one step"
+        used[kind] = COLOURS[kind]
+        start, length = (span["ts"] - begin) / 1e3, span["dur"] / 1e3
+        waited = span["args"]["waited_ms"]
+        ax.broken_barh([(start, length)], (span["tid"] - 0.4, 0.8), color="#dddddd")
+        bar = [(start + waited, length - waited)]
+        ax.broken_barh(bar, (span["tid"] - 0.4, 0.8), color=COLOURS[kind], edgecolor="white", linewidth=0.4)
+    ranks = sorted({span["tid"] for span in spans})
+    ax.set_yticks(ranks, [f"rank {rank}" for rank in ranks], fontsize=8)
+    ax.invert_yaxis()
+    ax.set_title(mode.name, fontsize=9, loc="left")
+    ax.legend(handles=[Patch(color=c, label=k) for k, c in used.items()], fontsize=7, loc="upper right", ncols=2)
+
+
+def newest_trace(folder: Path) -> dict[str, Any] | None:
+    files = sorted(folder.glob("run-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(files[-1].read_text()) if files else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    many = gpus > 1
+    devices, ranks = ("auto", gpus) if many else ("cpu,cpu", 2)
+    options.out.mkdir(parents=True, exist_ok=True)
+    rows = modes(devices, ranks, options.steps)
+    flags = [] if many else ["--cpu"]
+    where = f"{gpus} GPUs" if many else f"CPU, {os.cpu_count()} cores, one thread for ComfyUI and for each rank"
+    print(f"Starting ComfyUI ({where}) ...", flush=True)
+    with tempfile.TemporaryDirectory() as traces:
+        env = {"LEAPFROG_TRACE_DIR": traces, "OMP_NUM_THREADS": "1"}
+        with ComfyServer(*flags, output=options.out / "pictures", env=env) as server:
+            for mode in rows:
+                print(f"  {mode.name}: {len(CAPTIONS)} prompts of {options.steps} steps", flush=True)
+                run(server, mode, 1, "a first run, to load and to start the ranks", keep=False)
+                for path in Path(traces).glob("*.json"):
+                    path.unlink()
+                for seed, caption in enumerate(CAPTIONS):
+                    run(server, mode, 100 + seed, caption, keep=True)
+                mode.trace = newest_trace(Path(traces))
+    report = table(rows)
+    print("\n".join(report))
+    for mode in rows:
+        held = mode.trace["otherData"]["ranks"] if mode.trace else []
+        if held:
+            print(f"{mode.name}: weights per rank " + ", ".join(f"{rank['bytes'] / 1e6:.2f} MB" for rank in held))
+    (options.out / "table.txt").write_text("\n".join(report) + "\n")
+    draw(rows, options.out / "first_picture.png")
+    print(f"Seconds are of the sampling node, median of {len(CAPTIONS)}. Picture: {options.out / 'first_picture.png'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

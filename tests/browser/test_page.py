@@ -1,0 +1,87 @@
+"""What a user meets in ComfyUI's page: the workflows in the template browser, the nodes in the search, their help."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from comfy_page import ComfyPage
+from comfy_server import ComfyServer
+from pack import BASE
+
+WORKFLOWS = {"async_unet_split": "LeapfrogAsyncUNetSplit", "parastep_sampler": "LeapfrogParaStepSampler"}
+MODELS = ("diffusion_models/shapes_flux.safetensors", "vae/shapes_vae.safetensors", "text_encoders/shapes_clip.safetensors")
+
+pairs = pytest.mark.parametrize(("workflow", "node_id"), WORKFLOWS.items(), ids=list(WORKFLOWS))
+
+
+def test_the_template_browser_lists_the_workflows(page: ComfyPage):
+    page.open_templates()
+    for workflow in WORKFLOWS:
+        card = page.tab.get_by_test_id(f"template-workflow-{workflow}")
+        card.wait_for()
+        picture = card.locator("img").first
+        picture.wait_for()
+        page.tab.wait_for_function("(image) => image.complete && image.naturalWidth > 100", arg=picture.element_handle())
+    page.shoot("templates")
+
+
+@pairs
+def test_a_workflow_opens_whole(page: ComfyPage, comfy_server: ComfyServer, workflow: str, node_id: str):
+    page.open_template(workflow)
+    page.shoot(workflow)
+    assert [node["type"] for node in page.nodes() if not node["known"]] == []
+    schema = comfy_server.get(f"/object_info/{node_id}")[node_id]["input"]["required"]
+    defaults = {name: spec[1]["default"] for name, spec in schema.items() if "default" in spec[1]}
+    assert page.node(node_id)["widgets"] == defaults
+
+
+@pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "vue"])
+@pairs
+def test_no_node_hides_another(page: ComfyPage, workflow: str, node_id: str, vue_nodes: bool):
+    page.set("Comfy.VueNodes.Enabled", vue_nodes)
+    try:
+        page.open_template(workflow)
+        page.shoot(f"{workflow}_vue" if vue_nodes else workflow)
+        boxes = {node["type"]: node["bounds"] for node in page.nodes()}
+        for (one, (x, y, width, height)), (other, (x2, y2, width2, height2)) in itertools.combinations(boxes.items(), 2):
+            apart = x + width <= x2 or x2 + width2 <= x or y + height <= y2 or y2 + height2 <= y
+            assert apart, f"{one} and {other} overlap"
+    finally:
+        page.set("Comfy.VueNodes.Enabled", False)
+
+
+@pairs
+def test_a_workflow_runs_from_the_page(page: ComfyPage, comfy_server: ComfyServer, workflow: str, node_id: str):
+    missing = [name for name in MODELS if not (BASE / "models" / name).is_file()]
+    if missing:
+        pytest.skip(f"the demonstration model is not in place: {', '.join(missing)}")
+    page.open_template(workflow)
+    name = page.run(timeout=100)
+    page.shoot(f"{workflow}_done")
+    picture = np.asarray(Image.open(comfy_server.output / name))
+    assert picture.shape == (128, 128, 3)
+    assert picture.std() > 10, "an empty picture"
+
+
+@pairs
+def test_the_help_page_documents_every_input(page: ComfyPage, comfy_server: ComfyServer, workflow: str, node_id: str):
+    page.open_template(workflow)
+    schema = comfy_server.get(f"/object_info/{node_id}")[node_id]
+    said = page.help_of(node_id)
+    page.shoot(f"{workflow}_help")
+    assert said.startswith(schema["display_name"])
+    documented = page.tab.locator(".node-help-content td:first-child").all_inner_texts()
+    inputs = {cell.split()[0] for cell in documented if cell}
+    assert set(schema["input"]["required"]) <= inputs
+
+
+@pytest.mark.parametrize("query", ["leapfrog", "Async UNet Split", "ParaStep Sampler", "multi gpu"])
+def test_the_node_search_finds(page: ComfyPage, query: str):
+    found = page.search(query)
+    page.shoot(f"search_{query.lower().replace(' ', '_')}")
+    expected = {query} & {"Async UNet Split", "ParaStep Sampler"} or {"Async UNet Split", "ParaStep Sampler"}
+    assert all(name in found for name in expected)

@@ -1,0 +1,200 @@
+"""Async UNet Split on two ranks against ComfyUI alone."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from comfy_extras.nodes_easycache import EasyCacheNode
+
+from generation import Request, distance, generate, prompt
+from leapfrog.parallel_backend import denoiser, supervisor
+from leapfrog.parallel_backend.schedules.partition import partition
+from ranks import EXACT, load, reference, split, the_pool, with_lora
+
+REQUESTS = {
+    "plain": {},
+    "unguided": {"cfg": 1.0},
+    "batch": {"batch": 2},
+    "image to image": {"denoise": 0.5, "steps": 4},
+    "inpainting": {"masked": True},
+    "another size": {"size": 12, "steps": 3},
+}
+
+
+@pytest.fixture(scope="module", params=["flux", "unet"])
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def steps_of(model: Any, request: Request, sampler: Any = "euler") -> list[torch.Tensor]:
+    """The denoised latent of every step."""
+    seen = []
+    generate(model, request, sampler, on_step=lambda _step, denoised, _x: seen.append(denoised))
+    return seen
+
+
+@pytest.mark.parametrize("changed", REQUESTS.values(), ids=REQUESTS)
+def test_exact_mode_is_comfyui(family: str, changed: dict[str, Any]):
+    request = Request(family, **changed)
+    assert distance(generate(split(load(family), mode="exact"), request), reference(request)) < EXACT
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m", "ddim"])
+def test_exact_mode_serves_any_sampler(sampler: str):
+    request = Request(steps=4)
+    ours = generate(split(load("flux"), mode="exact"), request, sampler)
+    assert distance(ours, reference(request, sampler)) < EXACT
+
+
+def test_asynchronous_steps_come_close_and_repeat_exactly(family: str):
+    model, request = split(load(family)), Request(family, steps=8)
+    ours = generate(model, request)
+    assert EXACT < distance(ours, reference(request)) < 0.3
+    assert torch.equal(generate(model, request), ours)
+
+
+def test_warm_up_steps_are_exact_and_the_next_is_not(family: str):
+    request = Request(family)
+    ours, theirs = steps_of(split(load(family), warmup=3), request), steps_of(load(family), request)
+    distances = [distance(a, b) for a, b in zip(ours, theirs, strict=True)]
+    assert max(distances[:3]) < EXACT
+    assert distances[3] > EXACT
+
+
+def test_more_warm_up_is_closer():
+    request = Request(steps=12)
+    far, near = (distance(generate(split(load("flux"), warmup=w), request), reference(request)) for w in (1, 10))
+    assert near < far
+
+
+def test_a_second_prompt_reuses_ranks_and_weights(family: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "leapfrog")
+    model = split(load(family))
+    generate(model, Request(family))
+    pids, (_, loaded) = the_pool().pids, the_pool().memory["loaded"]
+    caplog.clear()
+    generate(model, Request(family, prompt=2))
+    generate(split(load(family), warmup=1), Request(family, batch=2))  # the node run again, as after an edit
+    assert the_pool().pids == pids
+    assert the_pool().memory["loaded"][1] is loaded
+    assert "weights in place" not in caplog.text
+    assert caplog.text.count("denoiser calls") == 2
+
+
+def test_each_rank_holds_its_part_of_the_weights_only(family: str, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "leapfrog")
+    dm = load(family).model.diffusion_model
+    whole = sum(t.numel() * t.element_size() for t in (*dm.parameters(), *dm.buffers()))
+    generate(split(load(family)), Request(family))
+    ranks = the_pool().memory["loaded"][1]
+    assert all(rank.nbytes < whole for rank in ranks)
+    assert len({rank.shared for rank in ranks}) == 1
+    assert sum(rank.nbytes - rank.shared for rank in ranks) + ranks[0].shared == whole
+    units = [name for rank in ranks for name in rank.units]
+    assert len(units) == len(set(units)) == {"flux": 6, "unet": 9}[family]
+    for rank in ranks:
+        assert f"{rank.units[0]} to {rank.units[-1]}: {rank.nbytes / 1e6:.1f} MB of weights" in caplog.text
+
+
+def test_the_host_holds_no_weights_of_the_denoiser(family: str):
+    model = split(load(family))
+    generate(model, Request(family))
+    dm = model.model.diffusion_model
+    assert all(parameter.is_meta for parameter in dm.parameters())
+    assert dm.state_dict().keys() == load(family).model.diffusion_model.state_dict().keys()
+    assert type(dm) is type(load(family).model.diffusion_model)
+    assert not any(parameter.is_meta for parameter in load(family).model.diffusion_model.parameters())
+
+
+def test_a_checkpoint_is_served_like_a_diffusion_model():
+    request = Request()
+    assert distance(generate(split(load("checkpoint"), mode="exact"), request), reference(request)) < EXACT
+
+
+def conditionings() -> dict[str, Any]:
+    half = {"area": (4, 8, 0, 0), "strength": 0.7, "set_area_to_bounds": False}
+    mask = torch.zeros(1, 8, 8)
+    mask[..., :4] = 1
+    return {
+        "two": [*prompt(1), *prompt(2)],
+        "an area": [*prompt(1), *prompt(2, **half)],
+        "two areas of one size": [*prompt(1, **half), *prompt(2, **half | {"area": (4, 8, 4, 0)})],
+        "a mask": [*prompt(1), *prompt(2, mask=mask, mask_strength=1.0, set_area_to_bounds=False)],
+        "a change of prompt": [*prompt(1, start_percent=0.0, end_percent=0.5), *prompt(2, start_percent=0.5, end_percent=1.0)],
+        "a longer prompt": [[torch.cat([prompt(1)[0][0], prompt(2)[0][0]], 1), prompt(1)[0][1]]],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [*(("flux", name) for name in conditionings()), ("unet", "two areas of one size")]
+)
+def test_several_conditionings_have_streams_of_their_own(family: str, name: str):
+    request, positive = Request(family), conditionings()[name]
+    theirs = generate(load(family), request, positive=positive)
+    assert distance(generate(split(load(family), mode="exact"), request, positive=positive), theirs) < EXACT
+    model = split(load(family))
+    ours = generate(model, request, positive=positive)
+    assert distance(ours, theirs) < 0.3
+    assert torch.equal(generate(model, request, positive=positive), ours)
+
+
+def test_runs_never_mix_their_state(monkeypatch: pytest.MonkeyPatch):
+    # cut by number of units, because measured times differ from pool to pool
+    monkeypatch.setattr(denoiser, "partition", lambda costs, components: partition([1.0] * len(costs), components))
+    requests = [
+        Request(), Request(prompt=2), Request(size=12), Request(batch=2), Request(cfg=1.0), Request(steps=4),
+        Request("unet", size=4), Request(),
+    ]  # fmt: skip
+    models = {family: split(load(family), warmup=1) for family in ("flux", "unet")}
+    the_pool().memory.pop("bounds")
+    first = [generate(models[request.family], request) for request in requests]
+    supervisor.close_all()
+    for request, expected in reversed(list(zip(requests, first, strict=True))):
+        assert torch.equal(generate(split(load(request.family), warmup=1), request), expected), request
+
+
+class TestLora:
+    request = Request()
+
+    def test_before_the_node_and_after_it(self):
+        theirs = generate(with_lora(load("flux")), self.request)
+        assert distance(theirs, reference(self.request)) > 0.05
+        for model in (split(with_lora(load("flux")), mode="exact"), with_lora(split(load("flux"), mode="exact"))):
+            assert distance(generate(model, self.request), theirs) < EXACT
+
+    def test_on_both_sides(self):
+        theirs = generate(with_lora(with_lora(load("flux"), 0.5), -0.25), self.request)
+        ours = generate(with_lora(split(with_lora(load("flux"), 0.5), mode="exact"), -0.25), self.request)
+        assert distance(ours, theirs) < EXACT
+
+    def test_taken_out_again(self):
+        plain = split(load("flux"), mode="exact")
+        before = generate(plain, self.request)
+        generate(with_lora(plain), self.request)
+        assert torch.equal(generate(plain, self.request), before)
+        assert distance(before, reference(self.request)) < EXACT
+
+    def test_another_strength(self):
+        split_model = split(load("flux"), mode="exact")
+        for strength in (1.0, 0.5):
+            theirs = generate(with_lora(load("flux"), strength), self.request)
+            assert distance(generate(with_lora(split_model, strength), self.request), theirs) < EXACT
+
+    def test_on_the_asynchronous_split(self):
+        theirs = generate(with_lora(load("flux")), Request(steps=8))
+        ours = generate(with_lora(split(load("flux"))), Request(steps=8))
+        assert EXACT < distance(ours, theirs) < 0.3
+
+
+def test_a_cache_node_on_the_model_works_as_ever():
+    """EasyCache wraps the denoiser's forward, in the host."""
+    request = Request(steps=10)
+    theirs = generate(EasyCacheNode.execute(load("flux"), 0.9, 0.1, 0.9, False).args[0], request)
+    assert distance(theirs, reference(request)) > EXACT, "nothing was skipped"
+    before = EasyCacheNode.execute(split(load("flux"), mode="exact"), 0.9, 0.1, 0.9, False).args[0]
+    after = split(EasyCacheNode.execute(load("flux"), 0.9, 0.1, 0.9, False).args[0], mode="exact")
+    for model in (before, after):
+        assert distance(generate(model, request), theirs) < EXACT

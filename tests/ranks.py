@@ -1,0 +1,61 @@
+"""Both nodes on tiny denoisers, in this process, with ranks that are real processes on the CPU.
+
+All tests share one pool: the backend keeps the ranks of the last set of devices alive.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import comfy.sd
+import comfy.utils
+import torch
+
+import tiny_models
+from generation import Request, generate
+from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
+from leapfrog.parallel_backend import supervisor
+from leapfrog.parallel_backend.supervisor import Pool
+
+torch.set_num_threads(1)  # the ranks have a core each
+
+EXACT = 1e-5
+"""Relative distance up to which two results count as the same."""
+
+
+@cache
+def load(family: str) -> Any:
+    """The MODEL of a tiny denoiser from ComfyUI's own loader: "flux", "unet", or "checkpoint" for Load Checkpoint."""
+    if family == "checkpoint":
+        return comfy.sd.load_checkpoint_guess_config(str(tiny_models.tiny_checkpoint()), output_clip=False)[0]
+    path = tiny_models.tiny_flux() if family == "flux" else tiny_models.tiny_unet()
+    return comfy.sd.load_diffusion_model(str(path))
+
+
+@cache
+def reference(request: Request, sampler: str = "euler") -> torch.Tensor:
+    """What ComfyUI alone makes of a request."""
+    return generate(load(request.family), request, sampler)
+
+
+def split(model: Any, ranks: int = 2, mode: str = "async", warmup: int = 2) -> Any:
+    """The MODEL that Async UNet Split gives."""
+    return AsyncUNetSplit.execute(model, ",".join(["cpu"] * ranks), 0, warmup, 1, mode).args[0]
+
+
+def parastep(lanes: int, ranks: int = 2, warmup: int = 2, base: str = "euler", predictor: str = "linear") -> Any:
+    """The SAMPLER that ParaStep Sampler gives."""
+    return ParaStepSampler.execute(base, lanes, warmup, ",".join(["cpu"] * ranks), predictor).args[0]
+
+
+def with_lora(model: Any, strength: float = 1.0) -> Any:
+    """A MODEL behind Load LoRA."""
+    weights = comfy.utils.load_torch_file(str(tiny_models.tiny_lora()), safe_load=True)
+    return comfy.sd.load_lora_for_models(model, None, weights, strength, 0)[0]
+
+
+def the_pool() -> Pool:
+    """The one pool that is alive."""
+    (pool,) = (pool for pool in supervisor._pools.values() if pool.alive)
+    return pool

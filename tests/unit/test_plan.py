@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+from leapfrog.parallel_backend import LanesPlan, LeapfrogError, SplitPlan, plan
+from leapfrog.parallel_backend.plan import Machine, choose_devices
+
+NO_GPU, TWO_GPUS = Machine(cuda=0, cores=4), Machine(cuda=2, cores=16)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "machine", "devices"),
+    [
+        ("auto", 0, TWO_GPUS, ("cuda:0", "cuda:1")),
+        (" Auto ", 1, TWO_GPUS, ("cuda:0",)),
+        ("auto", 0, NO_GPU, ("cpu", "cpu")),
+        ("auto", 4, NO_GPU, ("cpu",) * 4),
+        ("auto", 0, Machine(cuda=0, cores=1), ("cpu",)),
+        ("auto", 0, Machine(cuda=1, cores=8), ("cuda:0",)),
+        ("1, 0", 0, TWO_GPUS, ("cuda:1", "cuda:0")),
+        ("CUDA:1,cpu", 0, TWO_GPUS, ("cuda:1", "cpu")),
+        ("0,1", 1, TWO_GPUS, ("cuda:0",)),
+        ("cpu,cpu,cpu", 2, NO_GPU, ("cpu", "cpu")),
+        ("cpu", 0, NO_GPU, ("cpu",)),
+    ],
+)
+def test_devices_are_what_was_asked_for(text: str, wanted: int, machine: Machine, devices: tuple[str, ...]):
+    assert choose_devices(text, wanted, machine) == devices
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted", "machine", "code", "said"),
+    [
+        ("gpu0", 0, TWO_GPUS, "bad_devices", "devices 'gpu0': 'gpu0' is not a device."),
+        ("0,,1", 0, TWO_GPUS, "bad_devices", "devices '0,,1': '' is not a device."),
+        ("", 0, TWO_GPUS, "bad_devices", "'' is not a device."),
+        ("-1", 0, TWO_GPUS, "bad_devices", "'-1' is not a device."),
+        ("0,2", 0, TWO_GPUS, "bad_devices", "there is no GPU 2; this machine has GPUs 0 to 1."),
+        ("0", 0, NO_GPU, "bad_devices", "there is no GPU 0; this machine has no CUDA GPU, only 'cpu'."),
+        ("1,1", 0, TWO_GPUS, "bad_devices", "names cuda:1 twice; each rank needs its own GPU."),
+        ("0,1", 3, TWO_GPUS, "bad_plan", "3 ranks need 3 devices, but devices '0,1' names 2."),
+        ("auto", 3, TWO_GPUS, "bad_plan", "3 ranks need 3 GPUs, but this machine has 2."),
+        ("auto", 5, NO_GPU, "bad_plan", "a CPU of 4 cores would slow each other down; write devices 'cpu,cpu,cpu,cpu,cpu'"),
+    ],
+)
+def test_what_cannot_be_had_is_refused_with_the_reason(text: str, wanted: int, machine: Machine, code: str, said: str):
+    with pytest.raises(LeapfrogError) as caught:
+        choose_devices(text, wanted, machine)
+    assert caught.value.report.code == code
+    assert said in str(caught.value)
+    assert caught.value.report.hint in str(caught.value)
+
+
+def test_one_gpu_serves_several_ranks_only_when_told_so(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LEAPFROG_SHARE_GPU", "1")
+    assert choose_devices("0,0", 0, TWO_GPUS) == ("cuda:0", "cuda:0")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: SplitPlan(("cpu", "cpu"), 0), "warm-up 0"),
+        (lambda: SplitPlan(("cpu", "cpu"), 1, "sync"), "mode 'sync' is not one of async, exact"),
+        (lambda: LanesPlan(("cpu",), 0, 1), "lanes 0, warm-up 1"),
+        (lambda: LanesPlan(("cpu",), 2, 0), "lanes 2, warm-up 0"),
+        (lambda: LanesPlan(("cpu",), 2, 1, "cubic"), "predictor 'cubic' is not one of linear, newest, paper"),
+    ],
+)
+def test_a_plan_that_makes_no_sense_is_refused(make, said: str):
+    with pytest.raises(LeapfrogError, match=said) as caught:
+        make()
+    assert caught.value.report.code == "bad_plan"
+
+
+def test_lanes_take_no_more_devices_than_they_use(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "this_machine", lambda: Machine(cuda=4, cores=8))
+    assert LanesPlan.choose("auto", 2, 1, "linear").devices == ("cuda:0", "cuda:1")
+    assert LanesPlan.choose("auto", 0, 1, "linear").lanes == 4
+    assert LanesPlan.choose("auto", 8, 1, "linear").devices == tuple(f"cuda:{i}" for i in range(4))
+    assert LanesPlan.choose("0,1", 4, 1, "linear") == LanesPlan(("cuda:0", "cuda:1"), 4, 1, "linear")
+
+
+def test_a_split_has_one_component_per_device(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(plan, "this_machine", lambda: Machine(cuda=4, cores=8))
+    assert SplitPlan.choose("auto", 3, 2, "exact") == SplitPlan(("cuda:0", "cuda:1", "cuda:2"), 2, "exact")
+    assert SplitPlan.choose("auto", 0, 2, "async").components == 4

@@ -1,0 +1,166 @@
+"""What crosses to a rank: trees, heads, shared memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from leapfrog.parallel_backend.tensors import ALIGN, DTYPES, Arena, TensorHead, flatten, place, slice_rows, unflatten
+
+SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=8)
+KEYS = st.text(max_size=5) | st.integers(0, 99) | st.tuples(st.text(max_size=3), st.integers(0, 9))
+SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
+
+
+@st.composite
+def tensors(draw: st.DrawFn) -> torch.Tensor:
+    dtype = DTYPES[draw(st.sampled_from(sorted(DTYPES)))]
+    return torch.arange(math.prod(shape := draw(SHAPES))).to(dtype).reshape(shape)
+
+
+def nested(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    def deeper(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+        some = st.lists(inner, max_size=3)
+        return some | some.map(tuple) | st.dictionaries(KEYS, inner, max_size=3)
+
+    return st.recursive(leaves, deeper, max_leaves=12)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a.double(), b.double())
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and a == b
+
+
+@pytest.fixture
+def arena() -> Iterator[Arena]:
+    made = Arena.create(4096)
+    yield made
+    made.close()
+
+
+@given(nested(SCALARS | st.sampled_from(list(DTYPES.values()))))
+def test_a_tree_comes_back_as_it_was_sent(tree: Any):
+    spec, found = flatten(tree)
+    travelled = msgspec.msgpack.decode(msgspec.msgpack.encode(spec))
+    assert same(unflatten(travelled, found), tree)
+
+
+@given(st.lists(tensors(), max_size=5))
+def test_tensors_come_back_from_shared_memory(sent: list[torch.Tensor]):
+    spec, found = flatten({"all": sent})
+    heads, end = place(found, 128)
+    arena = Arena.create(end)
+    try:
+        arena.write(found, heads)
+        other = Arena.attach(arena.name)
+        assert same(unflatten(spec, [other.view(head).clone() for head in heads]), {"all": sent})
+        other.close()
+    finally:
+        arena.close()
+
+
+@given(st.lists(tensors(), max_size=6), st.integers(0, 300))
+def test_tensors_are_laid_out_aligned_and_apart(found: list[torch.Tensor], start: int):
+    heads, end = place(found, start)
+    at = start
+    for head, tensor in zip(heads, found, strict=True):
+        assert head.offset % ALIGN == 0
+        assert head.offset >= at
+        assert head.nbytes == tensor.numel() * tensor.element_size()
+        at = head.offset + head.nbytes
+    assert end >= at
+    assert end % ALIGN == 0
+
+
+@given(st.data(), st.integers(1, 6), SHAPES)
+def test_rows_of_a_head_are_rows_of_the_tensor(data: st.DataObject, rows: int, rest: tuple[int, ...]):
+    begin = data.draw(st.integers(0, rows))
+    end = data.draw(st.integers(begin, rows))
+    tensor = torch.randn(rows, *rest)
+    (head,), size = place([tensor])
+    arena = Arena.create(size)
+    try:
+        arena.write([tensor], [head])
+        assert torch.equal(arena.view(slice_rows(head, rows, begin, end)), tensor[begin:end])
+        assert slice_rows(head, rows + 1, begin, end) == head, "no rows of that number: all of it goes"
+    finally:
+        arena.close()
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        TensorHead("float32", (1025,), 0),
+        TensorHead("float32", (1,), 4093),
+        TensorHead("float32", (1,), -4),
+        TensorHead("float32", (-1, -1), 0),
+        TensorHead("float32", (-4,), 4096),
+        TensorHead("int64", (2**40, 2**40), 0),
+        TensorHead("uint8", (0,), 4097),
+    ],
+)
+def test_a_head_outside_the_arena_is_refused(arena: Arena, head: TensorHead):
+    with pytest.raises(ValueError, match="outside the arena"):
+        arena.view(head)
+
+
+def test_an_arena_leaves_nothing_behind():
+    arena = Arena.create(64)
+    arena.close()
+    with pytest.raises(FileNotFoundError):
+        Arena.attach(arena.name)
+
+
+def test_a_rank_that_lets_go_leaves_the_hosts_memory_alone(arena: Arena):
+    Arena.attach(arena.name).close()
+    Arena.attach(arena.name).close()
+
+
+JSON = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner))
+NODES = st.lists(st.sampled_from(["t", "v", "l", "u", "d", "y", "x"]) | JSON | st.lists(JSON, max_size=3), max_size=3)
+
+
+@given(JSON | NODES | st.lists(NODES, max_size=3))
+def test_a_malformed_tree_raises_nothing_but_value_error(spec: Any):
+    try:
+        unflatten(spec, [torch.zeros(1)])
+    except ValueError:
+        pass
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        None, "t", [], ["t"], ["z", 1], ["t", 1], ["t", -1], ["t", "0"], ["t", True], ["l", 3], ["u", None], ["d", 3],
+        ["d", [["v", 1]]], ["d", [[["l", []], ["v", 1]]]], ["y", "float128"], ["y", []], [["t"], 0],
+    ],
+)  # fmt: skip
+def test_a_malformed_tree_is_refused(spec: Any):
+    with pytest.raises(ValueError, match="tree"):
+        unflatten(spec, [torch.zeros(1)])
+
+
+def test_a_tree_that_nests_for_ever_is_refused():
+    spec: Any = ["v", 1]
+    for _ in range(200):
+        spec = ["l", [spec]]
+    with pytest.raises(ValueError, match="malformed"):
+        unflatten(spec, [])
+
+
+def test_what_cannot_travel_is_named_with_its_place():
+    with pytest.raises(TypeError, match=r"options\['a'\]\[1\] is a builtins\.object"):
+        flatten({"a": [1, object()]}, "options")
+    with pytest.raises(TypeError, match="complex128"):
+        place([torch.zeros(1, dtype=torch.complex128)])
