@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from inspect import cleandoc
+from itertools import groupby
 from typing import Any
 
 import comfy.model_patcher
@@ -15,7 +16,7 @@ from comfy_api.v0_0_2 import io
 from tqdm.auto import tqdm
 
 from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError, sample_in_rounds
-from .recipe import comfy_host, recipe_of
+from .recipe import comfy_host, patches_of, recipe_of
 from .standin import StandInPatcher, weightless
 
 log = logging.getLogger("leapfrog")
@@ -116,9 +117,14 @@ class RoundsSampler(comfy.samplers.KSAMPLER):
 
         def evaluate(points: list[torch.Tensor], first: int) -> list[torch.Tensor]:
             batch = x.shape[0]
-            rows = torch.cat(points)
-            at = sigmas[first : first + len(points)].repeat_interleave(batch).to(rows)
-            return list(_widened(model, len(points), args)(rows, at).split(batch))
+            levels = sigmas[first : first + len(points)]
+            denoised: list[torch.Tensor] = []
+            for length in runs_of_one_conditioning(guider.conds, levels.tolist()):
+                lanes = slice(len(denoised), len(denoised) + length)
+                rows = torch.cat(points[lanes])
+                at = levels[lanes].repeat_interleave(batch).to(rows)
+                denoised += _widened(model, length, args)(rows, at).split(batch)
+            return denoised
 
         bar = tqdm(total=len(sigmas) - 1, disable=disable)
 
@@ -144,9 +150,14 @@ class RoundsSampler(comfy.samplers.KSAMPLER):
                 "unsupported_patch",
                 "ParaStep Sampler does not take a MODEL from Async UNet Split yet; use one of them.",
             )
+        if patcher.get_additional_models_with_key("multigpu"):
+            raise LeapfrogError.of(
+                "unsupported_patch", "This MODEL went through MultiGPU CFG Split; use one of the two."
+            )
         recipe = recipe_of(patcher)
         if self._denoiser is None or self._denoiser.recipe != recipe:
             self._denoiser = LanesDenoiser(self.plan, recipe, comfy_host())
+        self._denoiser.check_patches(patches_of(patcher))
         if patcher.load_device.type == "cuda":
             # ComfyUI has just put the weights on a GPU that the ranks need for their own
             patcher.partially_unload(patcher.offload_device, patcher.loaded_size())
@@ -157,6 +168,8 @@ def _through(options: dict[str, Any], twin: Any, guider: Any) -> dict[str, Any]:
     """Model options with which the guider's denoiser calls go through ``twin`` instead of the loaded model."""
 
     def apply_remotely(executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if executor.class_obj is not guider.inner_model:
+            return executor(*args, **kwargs)  # a guider's second model stays where it is
         twin.current_patcher = guider.model_patcher
         return twin._apply_model(*args, **kwargs)
 
@@ -164,6 +177,19 @@ def _through(options: dict[str, Any], twin: Any, guider: Any) -> dict[str, Any]:
     kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
     comfy.patcher_extension.add_wrapper_with_key(kind, "leapfrog", apply_remotely, options, is_model_options=True)
     return options
+
+
+def _taking_part(conds: dict[str, list[dict[str, Any]]], sigma: torch.Tensor) -> list[bool]:
+    """Which conditionings and ControlNets take part at ``sigma``. ComfyUI asks once per call, so not for each row."""
+    ranges = []
+    for cond in (cond for group in conds.values() for cond in group):
+        ranges.append((cond.get("timestep_start"), cond.get("timestep_end")))
+        control = cond.get("control")
+        while control is not None:
+            ranges.append(control.timestep_range or (None, None))
+            control = control.previous_controlnet
+    at = float(sigma)
+    return [(start is None or at <= start) and (end is None or at >= end) for start, end in ranges]
 
 
 def _widened(model: Any, lanes: int, extra_args: dict[str, Any]):

@@ -46,6 +46,10 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     options = kwargs.get("transformer_options", {})
     going = travelling_options(options)
     tick = comfy.model_management.throw_exception_if_processing_interrupted
+    if patcher.current_hooks is not None:
+        raise LeapfrogError.of(
+            "unsupported_patch", "A conditioning carries weight hooks, which cannot travel to a rank."
+        )
     patches = patches_of(patcher)
     tree = (args, {**kwargs, "transformer_options": going})
     try:

@@ -39,7 +39,7 @@ class RemoteDenoiser:
         self.host = host
         self.report: RunReport | None = None
         self._pool: Pool | None = None
-        self._slowest = 0.0
+        self._slowest: dict[tuple[int, ...], float] = {}
 
     @staticmethod
     def check_patches(patches: Patches) -> None:
@@ -86,7 +86,7 @@ class RemoteDenoiser:
     def _ready(self, tick: Tick) -> Pool:
         if self._pool is None or not self._pool.alive:
             self._pool = acquire(self.devices, self.host, tick)
-            self._slowest = 0.0
+            self._slowest.clear()
         return self._pool
 
     def _load(self, pool: Pool, bounds: list[tuple[int, int]], patches: Patches, tick: Tick) -> list[Loaded]:
@@ -107,17 +107,20 @@ class RemoteDenoiser:
         log.info("Leapfrog: weights in place after %.1f s", time.monotonic() - began)
         return loaded
 
-    def _evaluate(self, pool: Pool, messages: dict[int, Evaluate], kind: str, tick: Tick) -> list[torch.Tensor]:
-        """Send, wait, return the result tensors in rank order. A call of known cost gets a tighter deadline."""
+    def _evaluate(
+        self, pool: Pool, messages: dict[int, Evaluate], size: torch.Size, kind: str, tick: Tick
+    ) -> list[torch.Tensor]:
+        """Send, wait, return the result tensors in rank order. A call of known ``size`` gets a tighter deadline."""
         timeout = step_timeout_s()
-        if self._slowest:
-            timeout = min(timeout, max(WARM_TIMEOUT_S, WARM_TIMEOUT_FACTOR * self._slowest))
+        known = self._slowest.get(size)
+        if known:
+            timeout = min(timeout, max(WARM_TIMEOUT_S, WARM_TIMEOUT_FACTOR * known))
         began = time.perf_counter()
         replies: dict[int, Done] = pool.request(messages, timeout, tick)
         payloads = [replies[rank].output for rank in sorted(replies)]
         outputs = [pool.read(payload) for payload in payloads if payload]
         seconds = time.perf_counter() - began
-        self._slowest = max(self._slowest, seconds)
+        self._slowest[size] = max(known or 0.0, seconds)
         assert self.report
         self.report.add(len(self.report.round_trips), kind, seconds, replies)
         return [tensor for output in outputs for tensor in output]
@@ -182,7 +185,7 @@ class SplitDenoiser(RemoteDenoiser):
                 )
                 for rank in range(len(self.devices))
             }  # fmt: skip
-            (output,) = self._evaluate(pool, message, "exact" if exact else "async", tick)
+            (output,) = self._evaluate(pool, message, x.shape, "exact" if exact else "async", tick)
         return output
 
     def _balance(self, pool: Pool, payload: Payload, shape: Hashable, tick: Tick) -> list[tuple[int, int]]:
@@ -227,5 +230,5 @@ class LanesDenoiser(RemoteDenoiser):
                     heads = [slice_rows(head, rows, begin, end) for head in payload.heads]
                     share = Payload(payload.arena, payload.spec, heads)
                     messages[rank] = Evaluate(inputs=share, out=out + rank * room, out_size=room)
-            parts = self._evaluate(pool, messages, f"{rows} rows", tick)
+            parts = self._evaluate(pool, messages, x.shape, f"{rows} rows", tick)
         return torch.cat(parts) if len(parts) > 1 else parts[0]

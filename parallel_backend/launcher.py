@@ -23,7 +23,7 @@ PACKAGE = Path(__file__).resolve().parent
 # What a rank inherits: enough to find Python, libraries and devices. Allocator and NCCL settings of the host stay out.
 KEPT = (
     "PATH HOME USER LANG LC_ALL TMPDIR TEMP TMP SYSTEMROOT SYSTEMDRIVE WINDIR USERPROFILE APPDATA LOCALAPPDATA COMSPEC "
-    "LD_LIBRARY_PATH LD_PRELOAD VIRTUAL_ENV PYTHONPATH PYTHONHASHSEED CUDA_HOME CUDA_PATH CUDA_DEVICE_ORDER "
+    "LD_LIBRARY_PATH LD_PRELOAD VIRTUAL_ENV PYTHONPATH PYTHONHASHSEED PYTHONDONTWRITEBYTECODE CUDA_HOME CUDA_PATH CUDA_DEVICE_ORDER "
     "XDG_CACHE_HOME HF_HUB_OFFLINE"
 ).split()
 KEPT_PREFIXES = ("LEAPFROG_", "NCCL_")
@@ -36,6 +36,7 @@ def rank_environment(device: str, backend: str, threads: int) -> dict[str, str]:
     env["CUDA_VISIBLE_DEVICES"] = _visible(device)
     if threads:
         env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
+        env["OMP_WAIT_POLICY"] = "PASSIVE"  # a thread that spins while it waits takes the core from another rank
     loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
     if loopback:
         env["GLOO_SOCKET_IFNAME"] = loopback

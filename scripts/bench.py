@@ -174,9 +174,7 @@ def run(options: argparse.Namespace) -> None:
     from leapfrog.parallel_backend.supervisor import close_all
 
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {RANKS} one-thread ranks")
-    print(
-        f"Stable Diffusion 1.5 U-Net, random weights, latent 4x{options.size}x{options.size}, {options.steps} steps, CFG"
-    )
+    print(f"Stable Diffusion 1.5 U-Net, random weights, latent side {options.size}, {options.steps} steps, CFG {CFG}")
     factor = machine_factor(options.size)
     print(f"two independent processes reach {factor:.2f}x of one on this machine")
     print(f"host round trip, 4x64x64 latent, {RANKS} idle ranks: {round_trip_ms():.3f} ms median", flush=True)

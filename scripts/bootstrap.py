@@ -206,8 +206,8 @@ def set_up() -> None:
     make_venv()
     comfyui = get_comfyui()
     install_packages(comfyui)
-    place_models()
     place_pack(comfyui)
+    place_models()
 
 
 def main() -> int:

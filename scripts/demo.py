@@ -160,7 +160,14 @@ def timeline(ax: plt.Axes, mode: Mode) -> None:
     ax.set_yticks(ranks, [f"rank {rank}" for rank in ranks], fontsize=8)
     ax.invert_yaxis()
     ax.set_title(mode.name, fontsize=9, loc="left")
-    ax.legend(handles=[Patch(color=c, label=k) for k, c in used.items()], fontsize=7, loc="upper right", ncols=2)
+    ax.legend(
+        handles=[Patch(color=c, label=k) for k, c in used.items()],
+        fontsize=7,
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=2,
+        frameon=False,
+    )
 
 
 def newest_trace(folder: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pack import add_comfyui, has_gpu, load_pack
 
@@ -15,6 +16,10 @@ from pack import add_comfyui, has_gpu, load_pack
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 add_comfyui()
 load_pack()
+
+# Generated cases are judged by what they do, not by how busy the machine is.
+settings.register_profile("leapfrog", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("leapfrog")
 
 HERE = Path(__file__).parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from comfy_server import ComfyServer
 from comfy_page import ComfyPage
+from comfy_server import ComfyServer
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -39,12 +39,19 @@ def browser(chromium: str) -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture
-def page(browser: Browser, comfy_server: ComfyServer) -> Iterator[ComfyPage]:
-    """A fresh page with an empty graph; afterwards the pack must not have caused any error in it."""
+@pytest.fixture(scope="session")
+def opened_page(browser: Browser, comfy_server: ComfyServer) -> Iterator[ComfyPage]:
     tab = browser.new_page(viewport={"width": 1800, "height": 1000})
+    tab.set_default_timeout(60_000)  # with two busy cores the page takes its time
     page = ComfyPage(tab, comfy_server.url)
     page.open()
     yield page
     tab.close()
-    assert not page.errors
+
+
+@pytest.fixture
+def page(opened_page: ComfyPage) -> Iterator[ComfyPage]:
+    """The page with an empty graph; afterwards the pack must not have caused any error in it."""
+    opened_page.reset()
+    yield opened_page
+    assert not opened_page.errors

@@ -1,4 +1,4 @@
-"""Three ranks, and several lanes on one. Each size is a pool of its own, so these tests come last."""
+"""Three ranks, and several lanes on one. Each number of ranks is a pool of its own, so these tests come last."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 from generation import Request, distance, generate
 from ranks import EXACT, load, parastep, reference, split, the_pool
 
-pytestmark = pytest.mark.parametrize("family", ["flux", "unet"])
 
-
+@pytest.mark.parametrize("family", ["flux", "unet"])
 def test_three_components_in_exact_mode_are_comfyui(family: str):
     request = Request(family)
     assert distance(generate(split(load(family), 3, "exact"), request), reference(request)) < EXACT
@@ -18,23 +17,21 @@ def test_three_components_in_exact_mode_are_comfyui(family: str):
     assert all(rank.units for rank in the_pool().memory["loaded"][1])
 
 
-def test_three_asynchronous_components_come_close(family: str):
-    request = Request(family, steps=8)
-    model = split(load(family), 3, warmup=3)
+def test_three_asynchronous_components_come_close():
+    request = Request(steps=8)
+    model = split(load("flux"), 3, warmup=3)
     ours = generate(model, request)
     assert EXACT < distance(ours, reference(request)) < 0.4
     assert torch.equal(generate(model, request), ours)
 
 
-def test_one_lane_on_three_ranks_is_comfyui(family: str):
+def test_one_lane_on_three_ranks_is_comfyui():
     """Two rows for three ranks: one has nothing to do."""
-    request = Request(family, steps=4)
-    assert distance(generate(load(family), request, parastep(1, ranks=3)), reference(request)) < EXACT
+    assert distance(generate(load("flux"), Request(), parastep(1, ranks=3)), reference(Request())) < EXACT
 
 
-def test_two_lanes_on_one_rank_are_two_lanes_on_three(family: str):
-    request = Request(family)
-    on_three = generate(load(family), request, parastep(2, ranks=3))
-    on_one = generate(load(family), request, parastep(2, ranks=1))
+def test_two_lanes_on_one_rank_are_two_lanes_on_three():
+    on_three = generate(load("flux"), Request(), parastep(2, ranks=3))
+    on_one = generate(load("flux"), Request(), parastep(2, ranks=1))
     assert len(the_pool().pids) == 1
     assert distance(on_one, on_three) < EXACT

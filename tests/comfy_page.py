@@ -31,11 +31,19 @@ class ComfyPage:
         tab.on("response", self._on_response)
 
     def open(self) -> None:
-        """Load the page and empty its graph."""
+        """Load the page."""
         self.tab.goto(self.url)
         self.tab.wait_for_function("window.app?.vueAppReady && window.app.graph")
-        self.tab.wait_for_function("document.querySelectorAll('[data-testid=queue-button]').length > 0")
-        self.tab.evaluate("app.graph.clear()")
+        self.tab.get_by_test_id("queue-button").wait_for()
+
+    def reset(self) -> None:
+        """Close what is open, empty the graph and forget old errors."""
+        if self.tab.get_by_role("dialog").count():
+            self.tab.keyboard.press("Escape")
+        if self.tab.locator(".node-help-content").count():
+            self.tab.get_by_role("button", name="Toggle properties panel").click()
+        self.tab.evaluate("app.canvas.deselectAll(); app.graph.clear()")
+        self.errors.clear()
 
     def open_templates(self) -> None:
         """Open the template browser on the pack's category."""

@@ -1,0 +1,193 @@
+"""What the nodes refuse, each with a reason and before any rank starts, and what they let pass."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import comfy.hooks
+import comfy.model_patcher
+import comfy.ops
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import pytest
+import torch
+from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+import tiny_models
+from generation import Request, generate, prompt
+from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
+from leapfrog.parallel_backend import LeapfrogError, supervisor
+from ranks import load, parastep, split
+
+
+@pytest.fixture(autouse=True)
+def no_rank_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("a rank was about to start")
+
+    monkeypatch.setattr(supervisor, "start_pool", refuse)
+    monkeypatch.setattr(supervisor, "_pools", {})
+
+
+@pytest.fixture
+def model() -> Any:
+    return load("flux").clone()
+
+
+class Refused:
+    """``with Refused(code, text)``: a LeapfrogError of that code whose message holds the text, and a hint."""
+
+    def __init__(self, code: str, said: str):
+        self.code, self.said = code, said
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, _where: Any) -> bool:
+        assert isinstance(error, LeapfrogError), error
+        assert error.report.code == self.code
+        assert self.said in error.report.message
+        assert error.report.hint in str(error)
+        return True
+
+
+@pytest.mark.parametrize(
+    ("devices", "components", "code", "said"),
+    [
+        ("cuda:99", 0, "bad_devices", "there is no GPU 99"),
+        ("gpu", 0, "bad_devices", "'gpu' is not a device"),
+        ("cpu,cpu", 3, "bad_plan", "3 ranks need 3 devices"),
+        (",".join(["cpu"] * 7), 0, "bad_plan", "6 units"),
+    ],
+)
+def test_devices_and_components_that_cannot_be(model: Any, devices: str, components: int, code: str, said: str):
+    with Refused(code, said):
+        AsyncUNetSplit.execute(model, devices, components, 3, 1, "async")
+
+
+def test_devices_of_the_sampler_that_cannot_be():
+    with Refused("bad_devices", "there is no GPU 99"):
+        ParaStepSampler.execute("euler", 0, 3, "cuda:99", "linear")
+
+
+def test_a_sampler_that_cannot_go_in_rounds():
+    with Refused("unsupported_sampler", "'dpmpp_2m_sde'"):
+        ParaStepSampler.execute("dpmpp_2m_sde", 0, 3, "cpu,cpu", "linear")
+    assert "'heun'" in str(ParaStepSampler.validate_inputs("heun"))
+    assert ParaStepSampler.validate_inputs("euler") is True
+
+
+@pytest.fixture(params=["async_unet_split", "parastep"])
+def run(request: pytest.FixtureRequest) -> Any:
+    """Samples a MODEL through one of the blocks."""
+
+    def sample(model: Any, **conditions: Any) -> None:
+        through_split = request.param == "async_unet_split"
+        generate(split(model) if through_split else model, Request(), "euler" if through_split else parastep(2), **conditions)
+
+    return sample
+
+
+def test_a_model_that_does_not_say_where_it_is_from(model: Any, run: Any):
+    model.cached_patcher_init = None
+    with Refused("no_recipe", "does not say which file"):
+        run(model)
+
+
+def test_a_model_that_another_loader_made(model: Any, run: Any):
+    model.cached_patcher_init = (shutil.copyfile, ())
+    with Refused("no_recipe", "shutil.copyfile"):
+        run(model)
+
+
+def test_a_model_loaded_with_options_that_cannot_travel(model: Any, run: Any):
+    options = {"custom_operations": comfy.ops.manual_cast}
+    model.cached_patcher_init = (comfy.sd.load_diffusion_model, (str(tiny_models.tiny_flux()), options))
+    with Refused("no_recipe", "custom_operations"):
+        run(model)
+
+
+def test_a_file_that_is_gone(tmp_path: Path, run: Any):
+    path = tmp_path / "gone.safetensors"
+    shutil.copyfile(tiny_models.tiny_flux(), path)
+    model = comfy.sd.load_diffusion_model(str(path))
+    path.unlink()
+    with Refused("missing_file", "gone.safetensors"):
+        run(model)
+
+
+def test_a_merged_model(model: Any, run: Any):
+    merged = ModelMergeSimple().merge(model, load("flux").clone(), 0.5)[0]
+    with Refused("unsupported_patch", "diffusion_model."):
+        run(merged)
+
+
+def test_a_patch_that_runs_a_function(model: Any, run: Any):
+    model.patches["diffusion_model.img_in.weight"] = [(1.0, ("diff", (torch.zeros(()),)), 1.0, None, lambda weight: weight)]
+    with Refused("unsupported_patch", "diffusion_model.img_in.weight"):
+        run(model)
+
+
+def test_injections(model: Any, run: Any):
+    model.set_injections("bypass", [comfy.model_patcher.PatcherInjection(lambda _: None, lambda _: None)])
+    with Refused("unsupported_patch", "injections"):
+        run(model)
+
+
+def test_a_part_of_the_denoiser_replaced(model: Any, run: Any):
+    model.add_object_patch("diffusion_model.img_in", model.model.diffusion_model.img_in)
+    with Refused("unsupported_patch", "'diffusion_model.img_in'"):
+        run(model)
+
+
+def test_code_inside_the_denoiser(model: Any, run: Any):
+    model.set_model_patch_replace(lambda args, _extra: args, "dit", "double_block", 0)
+    with Refused("unsupported_patch", "patches_replace: dit"):
+        run(model)
+
+
+def test_a_patch_inside_the_denoiser(model: Any, run: Any):
+    model.set_model_attn1_patch(lambda q, k, v, _extra: (q, k, v))
+    with Refused("unsupported_patch", "patches: attn1_patch"):
+        run(model)
+
+
+def test_another_attention(model: Any, run: Any):
+    model.model_options["transformer_options"]["optimized_attention_override"] = lambda *_: None
+    with Refused("unsupported_patch", "optimized_attention_override"):
+        run(model)
+
+
+def test_weight_hooks_on_a_conditioning(model: Any, run: Any):
+    lora = comfy.utils.load_torch_file(str(tiny_models.tiny_lora()))
+    hooked = comfy.hooks.set_hooks_for_conditioning(prompt(1), comfy.hooks.create_hook_lora(lora, 1.0, 0.0))
+    with Refused("unsupported_patch", "hooks"):
+        run(model, positive=hooked)
+
+
+def test_a_split_split_again(model: Any):
+    with Refused("unsupported_patch", "split already"):
+        split(split(model))
+
+
+def test_both_blocks_at_once(model: Any):
+    with Refused("unsupported_patch", "use one of them"):
+        generate(split(model), Request(), parastep(2))
+
+
+def test_a_single_device_lets_the_model_pass(model: Any, caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "leapfrog")
+    assert split(model, ranks=1) is model
+    assert [record.message for record in caplog.records] == [
+        "Leapfrog: one device (cpu), so Async UNet Split passes the MODEL through."
+    ]
+
+
+def test_a_single_device_and_lane_is_the_base_sampler(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "leapfrog")
+    assert type(parastep(0, ranks=1, base="ddim")) is comfy.samplers.KSAMPLER
+    assert [record.message for record in caplog.records] == ["Leapfrog: one device (cpu), so ParaStep Sampler is plain ddim."]
