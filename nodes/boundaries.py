@@ -1,4 +1,4 @@
-"""Where the conditioning of a run changes: ComfyUI decides once per call what is active, so no call may cross a change."""
+"""Where the conditioning of a run changes. ComfyUI decides once per call what is active: no call may cross a change."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def runs_of_one_conditioning(conds: Mapping[str, Sequence[Mapping[str, Any]]], sigmas: Sequence[float]) -> list[int]:
-    """Lengths of the runs of consecutive ``sigmas`` for which the same prompts and ControlNets of ``conds`` are active."""
+    """Lengths of the runs of ``sigmas`` for which the same prompts and ControlNets of ``conds`` are active."""
     return [len(list(run)) for _, run in groupby(sigmas, key=lambda sigma: _active(conds, sigma))]
 
 

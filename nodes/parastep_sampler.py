@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from inspect import cleandoc
-from itertools import groupby
 from typing import Any
 
 import comfy.model_patcher
@@ -16,6 +15,7 @@ from comfy_api.v0_0_2 import io
 from tqdm.auto import tqdm
 
 from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError, sample_in_rounds
+from .boundaries import runs_of_one_conditioning
 from .recipe import comfy_host, patches_of, recipe_of
 from .standin import StandInPatcher, weightless
 
@@ -177,19 +177,6 @@ def _through(options: dict[str, Any], twin: Any, guider: Any) -> dict[str, Any]:
     kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
     comfy.patcher_extension.add_wrapper_with_key(kind, "leapfrog", apply_remotely, options, is_model_options=True)
     return options
-
-
-def _taking_part(conds: dict[str, list[dict[str, Any]]], sigma: torch.Tensor) -> list[bool]:
-    """Which conditionings and ControlNets take part at ``sigma``. ComfyUI asks once per call, so not for each row."""
-    ranges = []
-    for cond in (cond for group in conds.values() for cond in group):
-        ranges.append((cond.get("timestep_start"), cond.get("timestep_end")))
-        control = cond.get("control")
-        while control is not None:
-            ranges.append(control.timestep_range or (None, None))
-            control = control.previous_controlnet
-    at = float(sigma)
-    return [(start is None or at <= start) and (end is None or at >= end) for start, end in ranges]
 
 
 def _widened(model: Any, lanes: int, extra_args: dict[str, Any]):
