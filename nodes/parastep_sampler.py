@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from inspect import cleandoc
 from typing import Any
 
@@ -158,10 +159,25 @@ class RoundsSampler(comfy.samplers.KSAMPLER):
         if self._denoiser is None or self._denoiser.recipe != recipe:
             self._denoiser = LanesDenoiser(self.plan, recipe, comfy_host())
         self._denoiser.check_patches(patches_of(patcher))
+        _close_with(patcher, self._denoiser)
         if patcher.load_device.type == "cuda":
             # ComfyUI has just put the weights on a GPU that the ranks need for their own
             patcher.partially_unload(patcher.offload_device, patcher.loaded_size())
         return self._denoiser
+
+
+def _close_with(patcher: comfy.model_patcher.ModelPatcher, denoiser: LanesDenoiser) -> None:
+    """End the ranks when ComfyUI unloads the MODEL whose weights they hold (/free, "unload models")."""
+    kind = comfy.patcher_extension.CallbacksMP.ON_DETACH
+    known = weakref.ref(denoiser)
+
+    def on_detach(_patcher: Any, unpatch_all: bool) -> None:
+        still_there = known()
+        if unpatch_all and still_there:
+            still_there.close()
+
+    patcher.remove_callbacks_with_key(kind, "leapfrog")
+    patcher.add_callback_with_key(kind, "leapfrog", on_detach)
 
 
 def _through(options: dict[str, Any], twin: Any, guider: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .protocol import LaunchSpec
 
 log = logging.getLogger("leapfrog")
 PACKAGE = Path(__file__).resolve().parent
-# What a rank inherits: enough to find Python, libraries and devices. Allocator and NCCL settings of the host stay out.
+# What a rank inherits: enough to find Python, libraries and devices. Allocator settings of the host stay out.
 KEPT = (
     "PATH HOME USER LANG LC_ALL TMPDIR TEMP TMP SYSTEMROOT SYSTEMDRIVE WINDIR USERPROFILE APPDATA LOCALAPPDATA COMSPEC "
     "LD_LIBRARY_PATH LD_PRELOAD VIRTUAL_ENV PYTHONPATH PYTHONHASHSEED PYTHONDONTWRITEBYTECODE CUDA_HOME CUDA_PATH "

@@ -150,18 +150,35 @@ class Pool:
         try:
             reply = self._channels[rank].receive(1.0)
         except (EOFError, OSError, TimeoutError, msgspec.MsgspecError):
-            process = self._processes[rank]
-            limit = time.monotonic() + 1.0
-            while process.exit_code is None and time.monotonic() < limit:
-                time.sleep(0.005)
-            last = " | ".join(list(process.tail)[-5:])
-            code = process.exit_code
-            how = f"ended with exit code {code}" if code is not None else "broke the connection"
-            said = f" Its last words: {last}" if last else ""
-            raise self._broken(ErrorReport("rank_died", f"The process of a rank {how}.{said}", rank)) from None
+            self._wait_for_end([self._processes[rank]], 1.0)
+            raise self._broken(self._death(rank)) from None
         if isinstance(reply, Failed):
-            raise self._broken(reply.error or ErrorReport("rank_error", "A rank failed without a reason.", rank))
+            # a rank whose neighbour died fails too, and may be heard first
+            others = [process for process in self._processes if process.rank != rank]
+            dead = self._wait_for_end(others, 0.2)
+            report = reply.error or ErrorReport("rank_error", "A rank failed without a reason.", rank)
+            raise self._broken(report if dead is None else self._death(dead))
         return reply
+
+    @staticmethod
+    def _wait_for_end(processes: Sequence[RankProcess], seconds: float) -> int | None:
+        """The rank of the first of these processes that has ended, None if none has within ``seconds``."""
+        limit = time.monotonic() + seconds
+        while True:
+            for process in processes:
+                if process.exit_code is not None:
+                    return process.rank
+            if time.monotonic() > limit:
+                return None
+            time.sleep(0.005)
+
+    def _death(self, rank: int) -> ErrorReport:
+        process = self._processes[rank]
+        last = " | ".join(list(process.tail)[-5:])
+        code = process.exit_code
+        how = f"ended with exit code {code}" if code is not None else "broke the connection"
+        said = f" Its last words: {last}" if last else ""
+        return ErrorReport("rank_died", f"The process of a rank {how}.{said}", rank)
 
     def _broken(self, report: ErrorReport) -> LeapfrogError:
         if report.traceback:

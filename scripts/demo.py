@@ -25,10 +25,11 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from comfy_server import ComfyServer
-from pack import BUILD, ROOT
+from pack import BUILD, ROOT, add_comfyui, load_pack
 
 GRAPHS = ROOT / "tests" / "graphs"
 OUT = BUILD / "demo"
+WARMUP = 3  # as in the graphs
 CAPTIONS = (
     "a large red circle on the left",
     "a small blue square at the top",
@@ -51,6 +52,9 @@ class Mode:
 
 
 def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
+    """The rows. The last is what a user has without us: the better solver, with as many steps as the same time buys."""
+    from leapfrog.parallel_backend.schedules import parastep
+
     def graph(name: str, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
         nodes = json.loads((GRAPHS / f"{name}.json").read_text())
         for node, inputs in changes.items():
@@ -58,6 +62,8 @@ def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
         return nodes
 
     plain = {"sample": {"steps": steps}}
+    fewer = round(steps / parastep.ideal_speedup(steps, ranks, WARMUP))
+    baseline = {"sample": {"steps": fewer, "sampler_name": "dpmpp_2m"}}
     exact = {"sample": {"steps": steps}, "split": {"devices": devices, "mode": "exact"}}
     lanes = {"sigmas": {"steps": steps}, "sampler": {"devices": devices}}
     split = {"sample": {"steps": steps}, "split": {"devices": devices}}
@@ -66,6 +72,7 @@ def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
         Mode("Async UNet Split, async", graph("async_unet_split", split), ranks),
         Mode("Async UNet Split, exact", graph("async_unet_split", exact), ranks),
         Mode("ParaStep Sampler", graph("parastep_sampler", lanes), ranks),
+        Mode(f"ComfyUI, {fewer} steps DPM++ 2M", graph("stock_flux", baseline), 0),
     ]
 
 
@@ -185,6 +192,8 @@ def main() -> int:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     many = gpus > 1
     devices, ranks = ("auto", gpus) if many else ("cpu,cpu", 2)
+    add_comfyui()
+    load_pack()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = modes(devices, ranks, options.steps)
     flags = [] if many else ["--cpu"]

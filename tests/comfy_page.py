@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pack import BUILD
@@ -31,18 +30,28 @@ class ComfyPage:
         tab.on("response", self._on_response)
 
     def open(self) -> None:
-        """Load the page."""
+        """Load the page and wait until it has its default workflow."""
         self.tab.goto(self.url)
-        self.tab.wait_for_function("window.app?.vueAppReady && window.app.graph")
+        self.tab.wait_for_function("window.app?.vueAppReady && window.app.graph?.nodes.length")
         self.tab.get_by_test_id("queue-button").wait_for()
 
     def reset(self) -> None:
         """Close what is open, empty the graph and forget old errors."""
-        if self.tab.get_by_role("dialog").count():
+        dialog = self.tab.get_by_role("dialog")
+        if dialog.count():
             self.tab.keyboard.press("Escape")
+            dialog.wait_for(state="hidden")
         if self.tab.locator(".node-help-content").count():
             self.tab.get_by_role("button", name="Toggle properties panel").click()
-        self.tab.evaluate("app.canvas.deselectAll(); app.graph.clear()")
+        self.tab.evaluate(
+            """async () => {
+                const workflows = app.extensionManager.workflow
+                for (const one of [...workflows.openWorkflows])
+                    if (one !== workflows.activeWorkflow) await workflows.closeWorkflow(one)
+                app.canvas.deselectAll()
+                app.graph.clear()
+            }"""
+        )
         self.errors.clear()
 
     def open_templates(self) -> None:
@@ -66,11 +75,6 @@ class ComfyPage:
                 bounds: [...node.boundingRect],
             }))"""
         )
-
-    def node(self, kind: str) -> Mapping[str, Any]:
-        """The only node of that type."""
-        (found,) = (one for one in self.nodes() if one["type"] == kind)
-        return found
 
     def select(self, kind: str) -> None:
         self.tab.evaluate(f"(type) => {{ app.canvas.deselectAll(); app.canvas.selectItems([({FIND})(type)]) }}", kind)

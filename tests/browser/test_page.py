@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -13,7 +14,11 @@ from comfy_server import ComfyServer
 from pack import BASE
 
 WORKFLOWS = {"async_unet_split": "LeapfrogAsyncUNetSplit", "parastep_sampler": "LeapfrogParaStepSampler"}
-MODELS = ("diffusion_models/shapes_flux.safetensors", "vae/shapes_vae.safetensors", "text_encoders/shapes_clip.safetensors")
+MODELS = (
+    "diffusion_models/shapes_flux.safetensors",
+    "vae/shapes_vae.safetensors",
+    "text_encoders/shapes_clip.safetensors",
+)
 
 pairs = pytest.mark.parametrize(("workflow", "node_id"), WORKFLOWS.items(), ids=list(WORKFLOWS))
 
@@ -23,35 +28,36 @@ def test_the_template_browser_lists_the_workflows(page: ComfyPage):
     for workflow in WORKFLOWS:
         card = page.tab.get_by_test_id(f"template-workflow-{workflow}")
         card.wait_for()
-        picture = card.locator("img").first
-        picture.wait_for()
-        page.tab.wait_for_function("(image) => image.complete && image.naturalWidth > 100", arg=picture.element_handle())
+        thumbnail = card.locator("img").first
+        thumbnail.wait_for()
+        page.tab.wait_for_function("(image) => image.naturalWidth > 100", arg=thumbnail.element_handle())
     page.shoot("templates")
-
-
-@pairs
-def test_a_workflow_opens_whole(page: ComfyPage, comfy_server: ComfyServer, workflow: str, node_id: str):
-    page.open_template(workflow)
-    page.shoot(workflow)
-    assert [node["type"] for node in page.nodes() if not node["known"]] == []
-    schema = comfy_server.get(f"/object_info/{node_id}")[node_id]["input"]["required"]
-    defaults = {name: spec[1]["default"] for name, spec in schema.items() if "default" in spec[1]}
-    assert page.node(node_id)["widgets"] == defaults
 
 
 @pytest.mark.parametrize("vue_nodes", [False, True], ids=["canvas", "vue"])
 @pairs
-def test_no_node_hides_another(page: ComfyPage, workflow: str, node_id: str, vue_nodes: bool):
+def test_a_workflow_opens_whole(
+    page: ComfyPage, comfy_server: ComfyServer, workflow: str, node_id: str, vue_nodes: bool
+):
     page.set("Comfy.VueNodes.Enabled", vue_nodes)
     try:
         page.open_template(workflow)
         page.shoot(f"{workflow}_vue" if vue_nodes else workflow)
-        boxes = {node["type"]: node["bounds"] for node in page.nodes()}
-        for (one, (x, y, width, height)), (other, (x2, y2, width2, height2)) in itertools.combinations(boxes.items(), 2):
-            apart = x + width <= x2 or x2 + width2 <= x or y + height <= y2 or y2 + height2 <= y
-            assert apart, f"{one} and {other} overlap"
+        nodes = page.nodes()
     finally:
         page.set("Comfy.VueNodes.Enabled", False)
+    assert [node["type"] for node in nodes if not node["known"]] == []
+    schema = comfy_server.get(f"/object_info/{node_id}")[node_id]["input"]["required"]
+    defaults = {name: spec[1]["default"] for name, spec in schema.items() if "default" in spec[1]}
+    assert [node["widgets"] for node in nodes if node["type"] == node_id] == [defaults]
+    for one, other in itertools.combinations(nodes, 2):
+        assert are_apart(one["bounds"], other["bounds"]), f"{one['type']} and {other['type']} overlap"
+
+
+def are_apart(one: Sequence[float], other: Sequence[float]) -> bool:
+    x, y, width, height = one
+    x2, y2, width2, height2 = other
+    return x + width <= x2 or x2 + width2 <= x or y + height <= y2 or y2 + height2 <= y
 
 
 @pairs

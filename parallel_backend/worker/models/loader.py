@@ -18,6 +18,7 @@ import comfy.sd
 import comfy.utils
 import comfy.weight_adapter
 import torch
+from safetensors import SafetensorError
 
 from ...protocol import Recipe
 from ...tensors import unflatten
@@ -33,7 +34,7 @@ def build(recipe: Recipe, prepare: Prepare, read_weights: bool = True) -> comfy.
     """
     options = unflatten(json.loads(recipe.options), [])
     with _between_build_and_read(prepare, read_weights):
-        state, metadata = comfy.utils.load_torch_file(recipe.path, return_metadata=True)
+        state, metadata = _read(recipe.path)
         if recipe.loader == "diffusion_model":
             patcher = comfy.sd.load_diffusion_model_state_dict(
                 state, model_options=options, metadata=metadata, disable_dynamic=True
@@ -47,6 +48,14 @@ def build(recipe: Recipe, prepare: Prepare, read_weights: bool = True) -> comfy.
     if patcher is None:
         raise RuntimeError(f"ComfyUI does not know the model in {recipe.path}")
     return patcher
+
+
+def _read(path: str) -> tuple[dict[str, torch.Tensor], Any]:
+    """A file's weights and metadata. Raises ValueError with the file's name where it cannot be read."""
+    try:
+        return comfy.utils.load_torch_file(path, return_metadata=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 @contextlib.contextmanager
