@@ -16,10 +16,10 @@ log = logging.getLogger("leapfrog")
 
 class AsyncUNetSplit(io.ComfyNode):
     """
-    Cuts the denoiser into components, one per device, that all compute at the same time (AsyncDiff).
+    Cuts the denoiser into parts, one per device, that compute at the same time (AsyncDiff).
 
-    Each device holds only its own part of the weights. U-Nets (Stable Diffusion) and Flux. Put it after LoRA nodes or
-    before them; keep loaders, samplers and everything else as they are. With a single device the MODEL passes through.
+    A device holds only its own part of the weights. For Stable Diffusion U-Nets and Flux. Put it on the MODEL wire, in
+    front of LoRA nodes or behind them; everything else stays. With one device the model passes through.
     """
 
     @classmethod
@@ -42,14 +42,14 @@ class AsyncUNetSplit(io.ComfyNode):
                     default=0,
                     min=0,
                     max=8,
-                    tooltip="Parts to cut the denoiser into, one per device. 0: as many as there are devices.",
+                    tooltip="How many parts to cut the denoiser into, one per device. 0: one for every device.",
                 ),
                 io.Int.Input(
                     "warmup_steps",
                     default=3,
                     min=1,
                     max=1000,
-                    tooltip="Steps at the start that are computed exactly. More: closer to the original, less speed.",
+                    tooltip="Steps computed exactly at the start. More: closer to ComfyUI alone, but slower.",
                 ),
                 io.Int.Input(
                     "stride",
@@ -64,12 +64,13 @@ class AsyncUNetSplit(io.ComfyNode):
                     options=["async", "exact"],
                     default="async",
                     tooltip=(
-                        "async: all components at once on slightly stale states, the result differs a little. "
-                        "exact: one after another, equal to ComfyUI alone, no faster; for models that fit no device."
+                        "async: all parts compute at the same time, each on the previous step's data; the picture differs "
+                        "a little. exact: one part after the other; the picture of ComfyUI alone, no faster. For models "
+                        "too large for one device."
                     ),
                 ),
             ],
-            outputs=[io.Model.Output(tooltip="The same model, computed by the ranks.")],
+            outputs=[io.Model.Output(tooltip="The same model, computed on all devices. Connect it as usual.")],
         )
 
     @classmethod

@@ -26,10 +26,10 @@ SERVED = ("euler", "ddim")
 
 class ParaStepSampler(io.ComfyNode):
     """
-    Evaluates several denoising steps at once, one per device (ParaStep).
+    Takes several denoising steps at the same time, one per device (ParaStep).
 
-    Gives a SAMPLER for SamplerCustom and SamplerCustomAdvanced. Each device holds the whole denoiser; only latents
-    travel, so no fast link is needed. Works with every model family. With a single device it is just the base sampler.
+    Use it in place of KSamplerSelect, with SamplerCustom or SamplerCustomAdvanced. Every device holds the whole model; no
+    fast link between them is needed. With one device it is just the base sampler.
     """
 
     @classmethod
@@ -37,7 +37,7 @@ class ParaStepSampler(io.ComfyNode):
         return io.Schema(
             node_id="LeapfrogParaStepSampler",
             display_name="ParaStep Sampler",
-            category="sampling/custom_sampling/samplers",
+            category="model/sampling/samplers",
             description=cleandoc(cls.__doc__ or ""),
             search_aliases=["leapfrog", "parastep", "multi gpu", "parallel sampler", "parallel steps"],
             inputs=[
@@ -59,7 +59,7 @@ class ParaStepSampler(io.ComfyNode):
                     default=3,
                     min=1,
                     max=1000,
-                    tooltip="Steps at the start that are taken one by one. More: closer to the original, less speed.",
+                    tooltip="Steps taken one by one at the start. More: closer to ComfyUI alone, but slower.",
                 ),
                 io.String.Input(
                     "devices",
@@ -72,8 +72,8 @@ class ParaStepSampler(io.ComfyNode):
                     default="linear",
                     advanced=True,
                     tooltip=(
-                        "How a lane guesses predictions it does not have yet. linear: extrapolate the last two. "
-                        "newest: repeat the last. paper: each lane repeats its own last, as published."
+                        "How a result that is not there yet is guessed. linear: continue the last two. newest: repeat the "
+                        "last. paper: each lane repeats its own last, as published."
                     ),
                 ),
             ],

@@ -55,3 +55,6 @@ class LeapfrogError(RuntimeError):
         if code not in HINTS:
             raise KeyError(f"{code} is not in the error registry")
         return cls(ErrorReport(code=code, message=message))
+
+
+LeapfrogError.__module__ = "leapfrog"  # ComfyUI shows it in front of the message; the real one holds the install's path

@@ -111,11 +111,12 @@ class Pool:
     def request(self, messages: Mapping[int, HostMessage], timeout_s: float, tick: Tick) -> dict[int, Any]:
         """Send one message per rank and wait for all replies.
 
-        ``tick`` is called every 20 ms while waiting and may raise to give up; the replies still owed are then awaited
-        before the next request. Raises LeapfrogError (rank_died, rank_timeout, what a rank reported); the pool is then
-        closed.
+        ``tick`` is called before sending and every 20 ms while waiting, and may raise to give up; the replies still
+        owed are then awaited before the next request. Raises LeapfrogError (rank_died, rank_timeout, what a rank
+        reported); the pool is then closed.
         """
         deadline = time.monotonic() + timeout_s
+        tick()
         self._collect(dict(self._owed), deadline, tick)
         self._call += 1
         try:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from leapfrog.parallel_backend.schedules.asyncdiff import Streams, ideal_speedup
 
 

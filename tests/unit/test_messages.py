@@ -12,13 +12,13 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 from leapfrog.parallel_backend import LeapfrogError, channel, protocol
 from leapfrog.parallel_backend.channel import Channel, admit, knock, listen
 from leapfrog.parallel_backend.errors import HINTS, ErrorReport
 from leapfrog.parallel_backend.protocol import Done, FromHost, FromRank, Loaded
 from leapfrog.parallel_backend.report import TRACE_DIR, RunReport
 from leapfrog.parallel_backend.tensors import TensorHead
-
 from pack import ROOT
 
 SECRET = "ab" * 32
@@ -155,10 +155,19 @@ def test_nobody_comes(listener: socket.socket):
 
 @pytest.fixture
 def report() -> RunReport:
-    report = RunReport("A run", ["cpu", "cpu"], [Loaded(nbytes=2_000_000, units=["a.0", "a.1"]), Loaded(nbytes=3_000_000)])
+    report = RunReport(
+        "A run", ["cpu", "cpu"], [Loaded(nbytes=2_000_000, units=["a.0", "a.1"]), Loaded(nbytes=3_000_000)]
+    )
     began = report.began
-    report.add(0, "exact", 0.5, {0: Done(begin=began, end=began + 0.25, sent=4000), 1: Done(begin=began, end=began + 0.5, waited=0.25)})
-    report.add(1, "async", 0.5, {0: Done(begin=began + 0.5, end=began + 1.0), 1: Done(begin=began + 0.5, end=began + 1.0)})
+    report.add(
+        0,
+        "exact",
+        0.5,
+        {0: Done(begin=began, end=began + 0.25, sent=4000), 1: Done(begin=began, end=began + 0.5, waited=0.25)},
+    )
+    report.add(
+        1, "async", 0.5, {0: Done(begin=began + 0.5, end=began + 1.0), 1: Done(begin=began + 0.5, end=began + 1.0)}
+    )
     return report  # fmt: skip
 
 

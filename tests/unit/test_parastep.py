@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from leapfrog.parallel_backend.schedules.parastep import ideal_speedup, rounds, row_shares, sample_in_rounds
 
 STEPS = st.integers(1, 40)
@@ -29,7 +30,9 @@ def derivative_to_denoised(derivative: Callable[[torch.Tensor, int], torch.Tenso
     return evaluate
 
 
-def euler(derivative: Callable[[torch.Tensor, int], torch.Tensor], x: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
+def euler(
+    derivative: Callable[[torch.Tensor, int], torch.Tensor], x: torch.Tensor, sigmas: torch.Tensor
+) -> torch.Tensor:
     """ComfyUI's sample_euler, line by line."""
     for i in range(len(sigmas) - 1):
         denoised = x - sigmas[i] * derivative(x, i)

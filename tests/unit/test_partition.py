@@ -5,6 +5,7 @@ from itertools import combinations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from leapfrog.parallel_backend.schedules.partition import partition, slowest_share
 
 COSTS = st.lists(st.floats(0.001, 10), min_size=1, max_size=9)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from leapfrog.parallel_backend import LanesPlan, LeapfrogError, SplitPlan, plan
 from leapfrog.parallel_backend.plan import Machine, choose_devices
 
@@ -39,7 +40,13 @@ def test_devices_are_what_was_asked_for(text: str, wanted: int, machine: Machine
         ("1,1", 0, TWO_GPUS, "bad_devices", "names cuda:1 twice; each rank needs its own GPU."),
         ("0,1", 3, TWO_GPUS, "bad_plan", "3 ranks need 3 devices, but devices '0,1' names 2."),
         ("auto", 3, TWO_GPUS, "bad_plan", "3 ranks need 3 GPUs, but this machine has 2."),
-        ("auto", 5, NO_GPU, "bad_plan", "a CPU of 4 cores would slow each other down; write devices 'cpu,cpu,cpu,cpu,cpu'"),
+        (
+            "auto",
+            5,
+            NO_GPU,
+            "bad_plan",
+            "a CPU of 4 cores would slow each other down; write devices 'cpu,cpu,cpu,cpu,cpu'",
+        ),
     ],
 )
 def test_what_cannot_be_had_is_refused_with_the_reason(text: str, wanted: int, machine: Machine, code: str, said: str):

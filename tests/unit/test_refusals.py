@@ -87,7 +87,9 @@ def run(request: pytest.FixtureRequest) -> Any:
 
     def sample(model: Any, **conditions: Any) -> None:
         through_split = request.param == "async_unet_split"
-        generate(split(model) if through_split else model, Request(), "euler" if through_split else parastep(2), **conditions)
+        generate(
+            split(model) if through_split else model, Request(), "euler" if through_split else parastep(2), **conditions
+        )
 
     return sample
 
@@ -127,7 +129,9 @@ def test_a_merged_model(model: Any, run: Any):
 
 
 def test_a_patch_that_runs_a_function(model: Any, run: Any):
-    model.patches["diffusion_model.img_in.weight"] = [(1.0, ("diff", (torch.zeros(()),)), 1.0, None, lambda weight: weight)]
+    model.patches["diffusion_model.img_in.weight"] = [
+        (1.0, ("diff", (torch.zeros(()),)), 1.0, None, lambda weight: weight)
+    ]
     with Refused("unsupported_patch", "diffusion_model.img_in.weight"):
         run(model)
 
@@ -190,4 +194,6 @@ def test_a_single_device_lets_the_model_pass(model: Any, caplog: pytest.LogCaptu
 def test_a_single_device_and_lane_is_the_base_sampler(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "leapfrog")
     assert type(parastep(0, ranks=1, base="ddim")) is comfy.samplers.KSAMPLER
-    assert [record.message for record in caplog.records] == ["Leapfrog: one device (cpu), so ParaStep Sampler is plain ddim."]
+    assert [record.message for record in caplog.records] == [
+        "Leapfrog: one device (cpu), so ParaStep Sampler is plain ddim."
+    ]

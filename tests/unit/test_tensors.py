@@ -11,9 +11,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from leapfrog.parallel_backend.tensors import ALIGN, DTYPES, Arena, TensorHead, flatten, place, slice_rows, unflatten
 
-SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=8)
+SCALARS = (
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=8)
+)
 KEYS = st.text(max_size=5) | st.integers(0, 99) | st.tuples(st.text(max_size=3), st.integers(0, 9))
 SHAPES = st.lists(st.integers(0, 4), max_size=3).map(tuple)
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from leapfrog.parallel_backend import LeapfrogError
-from leapfrog.parallel_backend.units import Unit, find_units, needed_by, owner_of
 
 import tiny_models
+from leapfrog.parallel_backend import LeapfrogError
+from leapfrog.parallel_backend.units import Unit, find_units, needed_by, owner_of
 
 
 def chain(length: int) -> list[Unit]:
@@ -56,7 +56,9 @@ def test_every_unit_has_one_owner(case: tuple[list[Unit], list[tuple[int, int]]]
 def test_the_units_of_a_flux():
     with torch.device("meta"):
         units = find_units(tiny_models._flux())
-    assert [unit.path for unit in units] == [f"double_blocks.{i}" for i in range(2)] + [f"single_blocks.{i}" for i in range(4)]
+    assert [unit.path for unit in units] == [f"double_blocks.{i}" for i in range(2)] + [
+        f"single_blocks.{i}" for i in range(4)
+    ]
     assert all(unit.consumer is None for unit in units)
 
 
