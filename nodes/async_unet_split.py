@@ -64,9 +64,9 @@ class AsyncUNetSplit(io.ComfyNode):
                     options=["async", "exact"],
                     default="async",
                     tooltip=(
-                        "async: all parts compute at the same time, each on the previous step's data; the picture differs "
-                        "a little. exact: one part after the other; the picture of ComfyUI alone, no faster. For models "
-                        "too large for one device."
+                        "async: all parts compute at the same time, each on the previous step's data; the picture "
+                        "differs a little. exact: one part after the other; the picture of ComfyUI alone, no faster. "
+                        "For models too large for one device."
                     ),
                 ),
             ],

@@ -28,8 +28,8 @@ class ParaStepSampler(io.ComfyNode):
     """
     Takes several denoising steps at the same time, one per device (ParaStep).
 
-    Use it in place of KSamplerSelect, with SamplerCustom or SamplerCustomAdvanced. Every device holds the whole model; no
-    fast link between them is needed. With one device it is just the base sampler.
+    Use it in place of KSamplerSelect, with SamplerCustom or SamplerCustomAdvanced. Every device holds the whole model;
+    no fast link between them is needed. With one device it is just the base sampler.
     """
 
     @classmethod
@@ -72,8 +72,8 @@ class ParaStepSampler(io.ComfyNode):
                     default="linear",
                     advanced=True,
                     tooltip=(
-                        "How a result that is not there yet is guessed. linear: continue the last two. newest: repeat the "
-                        "last. paper: each lane repeats its own last, as published."
+                        "How a result that is not there yet is guessed. linear: continue the last two. newest: repeat "
+                        "the last. paper: each lane repeats its own last, as published."
                     ),
                 ),
             ],
