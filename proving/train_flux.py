@@ -1,0 +1,227 @@
+"""Trains the tiny Flux on drawn shapes: flow matching in the latents of shapes_vae.
+
+Everything that the model sees is what ComfyUI's nodes give it: sigma as the timestep, velocity = noise - latent as the
+target, guidance 3.5 (what ComfyUI passes without a FluxGuidance node), the 77 hidden states and the pooled state of the
+text encoder, the empty prompt for classifier-free guidance.
+
+Most of the training shortens the text: the words stay, the padding is averaged in runs, and attention counts each run
+as often as it has tokens. The last part uses all 77 tokens.
+Usage: python proving/train_flux.py --clip CLIP.safetensors [--comfyui DIR] [--minutes 40]
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from comfy_setup import WEIGHTS, parser, prepare
+from muon import Muon
+from shapes import ALL, BACKGROUNDS, PLACES, TRAINED, Attributes, draw
+
+CONFIG: dict[str, Any] = {
+    "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 768, "hidden_size": 128,
+    "mlp_ratio": 4.0, "num_heads": 1, "depth": 2, "depth_single_blocks": 6, "axes_dim": [16, 56, 56],
+    "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [],
+}  # fmt: skip
+GUIDANCE = 3.5
+DROPPED = 0.1  # share of empty prompts
+RUNS = ((9, 21), (21, 44), (44, 77))  # padding tokens that are averaged in the short form
+CROP, SIDE = 12, 16  # latent cells a side: of the drawings that are encoded, and of a picture
+CELL = 8  # pixels
+
+
+def build() -> nn.Module:
+    """ComfyUI's Flux with initial weights: Xavier, and zero for everything that modulates or ends the network."""
+    import comfy.ops
+    from comfy.ldm.flux.model import Flux
+
+    model = Flux(dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init, **CONFIG)
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            if "mod.lin" in name or "modulation" in name or name.startswith("final_layer"):
+                nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    for name, weight in model.named_parameters():
+        if "_norm." in name:
+            nn.init.ones_(weight)
+    for layer in model.modules():
+        if isinstance(layer, nn.LayerNorm):  # what a norm keeps for the backward pass, the block then changes in place
+            layer.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
+    return model
+
+
+@torch.no_grad()
+def read_prompts(clip_file: Path, cache: Path) -> tuple[Tensor, Tensor]:
+    """Hidden states [241, 77, 768] and pooled states [241, 768] of all captions and, last, of the empty prompt."""
+    if not cache.exists():
+        import comfy.sd
+
+        clip = comfy.sd.load_clip([str(clip_file)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+        prompts = [a.caption for a in ALL] + [""]
+        states = [clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True) for prompt in prompts]
+        torch.save(tuple(torch.cat(part).clone() for part in zip(*states, strict=True)), cache)
+    return torch.load(cache)
+
+
+def shorten(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states [N, 77, 768] to [N, 12, 768], and their attention bias [1, 1, 1, 12 + image tokens]."""
+    parts = [hidden[:, : RUNS[0][0]]] + [hidden[:, a:b].mean(1, keepdim=True) for a, b in RUNS]
+    bias = torch.zeros(1, 1, 1, RUNS[0][0] + len(RUNS) + (SIDE // 2) ** 2)
+    for i, (a, b) in enumerate(RUNS):
+        bias[..., RUNS[0][0] + i] = math.log(b - a)
+    return torch.cat(parts, 1), bias
+
+
+def paste(base: Tensor, change: Tensor, across: int, down: int) -> Tensor:
+    """Adds change [C, 12, 12], moved by whole cells from the centre, to base [C, 16, 16]."""
+    room = F.pad(change, (SIDE, SIDE, SIDE, SIDE))
+    start = (SIDE - CROP) // 2
+    top, left = SIDE - start - down, SIDE - start - across
+    return base + room[:, top : top + SIDE, left : left + SIDE]
+
+
+@torch.no_grad()
+def read_latents(vae_file: Path, each: int, cache: Path) -> Tensor:
+    """Latents [216, each, 16, 16, 16] of drawings of the trained captions, as the model sees them.
+
+    The encoder is the costly part, so it sees each shape in the middle only: the other places are whole cells away, and
+    their latents are the background's plus the moved difference that the shape makes.
+    """
+    if not cache.exists():
+        from comfy.taesd.taesd import TAESD
+        from safetensors.torch import load_file
+
+        vae = TAESD(latent_channels=16)
+        vae.load_state_dict(load_file(vae_file))
+        encoder = vae.float().taesd_encoder.to(memory_format=torch.channels_last)
+        rng = torch.Generator().manual_seed(11)
+        flat = torch.tensor(BACKGROUNDS)[:, None, None, None].expand(-1, 3, -1, -1)
+        small, full = (encoder(flat.repeat(1, 1, side * CELL, side * CELL)) for side in (CROP, SIDE))
+        middle: dict[tuple[str, ...], list[tuple[int, Tensor]]] = {}
+        for kind in sorted({a[:3] for a in TRAINED}):
+            levels = torch.randint(len(BACKGROUNDS), (each,), generator=rng).tolist()
+            side = CROP * CELL
+            centre = (side / 2, side / 2)
+            drawn = [draw(Attributes(*kind, ""), rng, side, centre, BACKGROUNDS[level]) for level in levels]
+            middle[kind] = list(zip(levels, encoder(torch.stack(drawn)) - small[levels], strict=True))
+        out = torch.empty(len(TRAINED), each, 16, SIDE, SIDE)
+        for i, attributes in enumerate(TRAINED):
+            across, down = (offset // CELL for offset in PLACES[attributes.place])
+            for j, (level, change) in enumerate(middle[attributes[:3]]):
+                out[i, j] = paste(full[level], change, across, down)
+        torch.save(out, cache)
+    return torch.load(cache)
+
+
+def save(state: dict[str, Tensor], path: Path) -> None:
+    """Writes the fp16 file that the stock UNETLoader reads."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save_file({k: v.detach().to(torch.float16).contiguous() for k, v in state.items()}, part)
+    os.replace(part, path)
+
+
+def main() -> None:
+    """Trains for so many minutes, going on from the checkpoint in --work where there is one."""
+    command = parser(__doc__)
+    command.add_argument("--clip", type=Path, required=True, help="file that text_encoder.py wrote")
+    command.add_argument("--vae", type=Path, default=WEIGHTS / "shapes_vae.safetensors")
+    command.add_argument("--out", type=Path, default=WEIGHTS / "shapes_flux.safetensors")
+    command.add_argument("--work", type=Path, required=True, help="folder for the cached data and the checkpoint")
+    command.add_argument("--minutes", type=float, default=40)
+    command.add_argument("--full", type=float, default=0.15, help="last share of the time, with all 77 text tokens")
+    command.add_argument("--batch", type=int, default=64)
+    command.add_argument("--each", type=int, default=40, help="encoded drawings per shape, colour and size")
+    command.add_argument("--rate", type=float, default=0.015)
+    args = command.parse_args()
+    prepare(args.comfyui, args.threads)
+    import comfy.model_management
+
+    args.work.mkdir(parents=True, exist_ok=True)
+    hidden, pooled = read_prompts(args.clip, args.work / "prompts.pt")
+    latents = read_latents(args.vae, args.each, args.work / "latents.pt")
+    print(f"latents: mean {latents.mean():.3f} std {latents.std():.3f}", flush=True)
+    rows = torch.tensor([ALL.index(a) for a in TRAINED])
+    short, bias = shorten(hidden)
+
+    comfy.model_management.in_training = True  # the differentiable rotary embedding
+    torch.manual_seed(0)
+    model = build()
+    spread = (pooled[rows] - pooled[rows].mean(0)).square().mean().sqrt()
+    with torch.no_grad():  # start from prompts that differ: centred and scaled pooled states
+        first = model.vector_in.in_layer
+        first.weight.mul_(1 / spread)
+        first.bias.copy_(-first.weight @ pooled[rows].mean(0))
+    inner = [w for n, w in model.named_parameters() if w.ndim == 2 and "_blocks." in n and "mod" not in n]
+    outer = [w for w in model.parameters() if not any(w is other for other in inner)]
+    optimisers = [(Muon(inner, decay=0.01), args.rate), (torch.optim.Adam(outer, betas=(0.9, 0.99)), args.rate / 8)]
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    step, before = 0, 0.0
+    checkpoint = args.work / "flux.pt"
+    if checkpoint.exists():
+        old = torch.load(checkpoint)
+        model.load_state_dict(old["model"])
+        average, step, before = old["average"], old["step"], old["seconds"]
+        for (optimiser, _), state in zip(optimisers, old["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+    rng = torch.Generator().manual_seed(step + 1)
+    print(f"{sum(w.numel() for w in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+
+    def keep_state(step: int, seconds: float) -> None:
+        """Writes the weights (the average) and the checkpoint."""
+        save(average, args.out)
+        states = [optimiser.state_dict() for optimiser, _ in optimisers]
+        kept = {"model": model.state_dict(), "average": average, "step": step, "seconds": seconds, "optimisers": states}
+        torch.save(kept, checkpoint)
+
+    start, total, saved, recent = time.monotonic(), args.minutes * 60, time.monotonic(), []
+    first_step = step + 1
+    for step in itertools.count(first_step):
+        spent = before + time.monotonic() - start
+        if spent >= total:
+            break
+        pick = torch.randint(len(TRAINED), (args.batch,), generator=rng)
+        clean = latents[pick, torch.randint(latents.shape[1], (args.batch,), generator=rng)]
+        prompt = rows[pick].masked_fill(torch.rand(args.batch, generator=rng) < DROPPED, len(ALL))
+        sigma = torch.sigmoid(0.8 + 1.2 * torch.randn(args.batch, generator=rng))
+        noise = torch.randn(clean.shape, generator=rng)
+        noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
+        whole = spent > total * (1 - args.full)
+        text = {"context": hidden[prompt]} if whole else {"context": short[prompt], "attention_mask": bias}
+        got = model(noisy, sigma, y=pooled[prompt], guidance=torch.full_like(sigma, GUIDANCE), **text)
+        loss = F.mse_loss(got, noise - clean)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(outer, 1.0)
+        falling = 0.01 + 0.99 * math.cos(spent / total * math.pi / 2) ** 2
+        for optimiser, full in optimisers:
+            optimiser.param_groups[0]["lr"] = full * min(1, step / 50) * falling
+            optimiser.step()
+        keep = min(0.998, step / (step + 10))
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                average[name].lerp_(value, 1 - keep)
+        recent.append(loss.item())
+        if step % 50 == 0:
+            print(f"step {step} {spent:.0f} s loss {sum(recent) / len(recent):.4f} whole={whole}", flush=True)
+            recent.clear()
+        if time.monotonic() - saved > 120:
+            saved = time.monotonic()
+            keep_state(step, spent)
+    keep_state(step - 1, total)
+    print(f"{step - 1} steps", flush=True)
+
+
+if __name__ == "__main__":
+    main()
