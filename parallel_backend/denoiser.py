@@ -153,6 +153,9 @@ class SplitDenoiser(RemoteDenoiser):
 
     def begin_run(self) -> None:
         super().begin_run()
+        self._forget_streams()
+
+    def _forget_streams(self) -> None:
         self._streams = Streams(self.plan.warmup, self.plan.mode == "async")
         self._run = time.monotonic_ns()
 
@@ -172,6 +175,7 @@ class SplitDenoiser(RemoteDenoiser):
             bounds = pool.memory["bounds"][1]
             if not loaded or loaded[0] != (self.recipe, tuple(bounds), patches[0]):
                 self._load(pool, bounds, patches, tick)
+                self._forget_streams()  # the ranks may have lost theirs: weights can be unloaded in the middle of a run
                 payload, out = pool.payload(inputs, tick, reserve=_room_for_output(x), where="denoiser input")
             assert self.report
             self.report.loaded = pool.memory["loaded"][1]

@@ -30,11 +30,11 @@ from pack import BUILD, ROOT, add_comfyui, load_pack
 GRAPHS = ROOT / "tests" / "graphs"
 OUT = BUILD / "demo"
 WARMUP = 3  # as in the graphs
-CAPTIONS = (
+CAPTIONS = (  # none of them was in the training set
     "a large red circle on the left",
-    "a small blue square at the top",
-    "a large green triangle in the center",
-    "a small yellow circle on the right",
+    "a small blue square at the bottom",
+    "a large purple triangle on the right",
+    "a large yellow cross on the right",
 )
 COLOURS = {"exact": "#4c78a8", "async": "#f58518", "one step": "#4c78a8", "a round of steps": "#54a24b"}
 

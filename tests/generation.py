@@ -50,21 +50,22 @@ def generate(
     positive: Conditioning | None = None,
     on_step: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """The final latent. ``sampler`` is a name or a SAMPLER; ``on_step(step, denoised, x)`` is called after each step."""
+    """The final latent. ``sampler`` is a name or a SAMPLER; ``on_step(step, denoised, x)`` is told of each step."""
     if isinstance(sampler, str):
         sampler = comfy.samplers.sampler_object(sampler)
     wanted = int(request.steps / request.denoise)
     sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", wanted)[-request.steps - 1 :]
     image = noise(request.shape, 11) if request.masked or request.denoise < 1 else torch.zeros(request.shape)
+    conditioning = (positive or prompt(request.prompt), prompt(100))
     mask = None
     if request.masked:
         mask = torch.zeros(1, 1, request.size, request.size)
         mask[..., request.size // 2 :] = 1
     with torch.inference_mode():
         return comfy.sample.sample_custom(
-            model, noise(request.shape, 5), request.cfg, sampler, sigmas, positive or prompt(request.prompt), prompt(100),
-            image, noise_mask=mask, callback=on_step and (lambda step, denoised, x, _total: on_step(step, denoised, x)),
+            model, noise(request.shape, 5), request.cfg, sampler, sigmas, *conditioning, image, noise_mask=mask,
+            callback=on_step and (lambda step, denoised, x, _total: on_step(step, denoised, x)),
             disable_pbar=True, seed=5,
         )  # fmt: skip
 

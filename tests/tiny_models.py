@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import comfy.ldm.flux.model
 import comfy.ops
@@ -33,7 +34,7 @@ def tiny_flux() -> Path:
 
 
 def tiny_unet() -> Path:
-    """A U-Net in Stable Diffusion 1.5's layout: two resolutions, a middle block, one transformer; latents of 4 channels."""
+    """A U-Net in Stable Diffusion 1.5's layout: two resolutions, a middle block; latents of 4 channels."""
     return _cached("unet", lambda: _seeded(_unet(), 1))
 
 
@@ -78,9 +79,10 @@ def _flux() -> torch.nn.Module:
 
 
 def _unet() -> torch.nn.Module:
+    depth: Any = [1, 0]  # declared as an int, used as a list
     return UNetModel(
         image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[1, 1], channel_mult=[1, 1],
-        transformer_depth=[1, 0], transformer_depth_output=[0, 0, 0, 0], transformer_depth_middle=-1, num_heads=8,
+        transformer_depth=depth, transformer_depth_output=[0, 0, 0, 0], transformer_depth_middle=-1, num_heads=8,
         context_dim=CONTEXT, use_spatial_transformer=True, use_linear_in_transformer=False, legacy=False,
         dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init,
     )  # fmt: skip

@@ -60,8 +60,9 @@ PAYLOAD = protocol.Payload("psm_x", ["u", [["t", 0], ["v", None]]], [TensorHead(
 RECIPE = protocol.Recipe("diffusion_model", "/m.safetensors", '["d", []]', (5, 7))
 REPORT = ErrorReport("rank_oom", "no", 1, 2, "here")
 HOST_MESSAGES = [
-    protocol.Join(1, store_port=4), protocol.Profile(2, RECIPE, PAYLOAD), protocol.Load(3, RECIPE, [(0, 1), (2, 5)], PAYLOAD, "id"),
-    protocol.Evaluate(4, PAYLOAD, 128, 64, 9, 1, 2, False), protocol.Unload(5), protocol.Stop(6),
+    protocol.Join(1, store_port=4), protocol.Profile(2, RECIPE, PAYLOAD),
+    protocol.Load(3, RECIPE, [(0, 1), (2, 5)], PAYLOAD, "id"), protocol.Evaluate(4, PAYLOAD, 128, 64, 9, 1, 2, False),
+    protocol.Echo(5, PAYLOAD, 1, 2), protocol.Unload(6), protocol.Stop(7),
 ]  # fmt: skip
 RANK_MESSAGES = [
     protocol.Hello(0, 3), protocol.Ready(1), protocol.Profiled(2, [0.5], ["a"]), Loaded(3, 9, 1, ["a"], 0.25),

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import given
@@ -30,7 +30,7 @@ def test_components_are_consecutive_and_cover_every_unit_once(case: tuple[list[f
 def test_no_cut_has_a_faster_slowest_component(case: tuple[list[float], int]):
     costs, components = case
     every_cut = ((0, *inner, len(costs)) for inner in combinations(range(1, len(costs)), components - 1))
-    best = min(max(sum(costs[a:b]) for a, b in zip(edges, edges[1:])) for edges in every_cut)
+    best = min(max(sum(costs[a:b]) for a, b in pairwise(edges)) for edges in every_cut)
     assert slowest_share(costs, partition(costs, components)) * sum(costs) == pytest.approx(best)
 
 

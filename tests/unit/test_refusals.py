@@ -12,10 +12,10 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.samplers
 import comfy.sd
-import comfy.utils
 import pytest
 import torch
 from comfy_extras.nodes_model_merging import ModelMergeSimple
+from safetensors.torch import load_file
 
 import tiny_models
 from generation import Request, generate, prompt
@@ -167,7 +167,7 @@ def test_another_attention(model: Any, run: Any):
 
 
 def test_weight_hooks_on_a_conditioning(model: Any, run: Any):
-    lora = comfy.utils.load_torch_file(str(tiny_models.tiny_lora()))
+    lora = load_file(tiny_models.tiny_lora())
     hooked = comfy.hooks.set_hooks_for_conditioning(prompt(1), comfy.hooks.create_hook_lora(lora, 1.0, 0.0))
     with Refused("unsupported_patch", "hooks"):
         run(model, positive=hooked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -30,7 +32,7 @@ def cuts(draw: st.DrawFn) -> tuple[list[Unit], list[tuple[int, int]]]:
     units = draw(UNITS)
     inner = sorted(draw(st.sets(st.integers(1, len(units) - 1), max_size=4))) if len(units) > 1 else []
     edges = [0, *inner, len(units)]
-    return units, [(first, end - 1) for first, end in zip(edges, edges[1:])]
+    return units, [(first, end - 1) for first, end in pairwise(edges)]
 
 
 @given(cuts())

@@ -50,8 +50,8 @@ def build(recipe: Recipe, prepare: Prepare, read_weights: bool = True) -> comfy.
     return patcher
 
 
-def _read(path: str) -> tuple[dict[str, torch.Tensor], Any]:
-    """A file's weights and metadata. Raises ValueError with the file's name where it cannot be read."""
+def _read(path: str) -> Any:
+    """A file's (weights, metadata). Raises ValueError with the file's name where it cannot be read."""
     try:
         return comfy.utils.load_torch_file(path, return_metadata=True)
     except (OSError, ValueError, SafetensorError) as error:

@@ -1,0 +1,44 @@
+"""A small host without ComfyUI's server: starts two ranks, prints what it holds, and evaluates until it is ended.
+
+Usage: host.py COMFYUI DENOISER. Prints one line of JSON: the ranks' process ids and the name of the shared memory.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+BACKEND = Path(__file__).resolve().parents[2] / "parallel_backend"
+
+
+def main() -> None:
+    spec = importlib.util.spec_from_file_location(
+        "parallel_backend", BACKEND / "__init__.py", submodule_search_locations=[str(BACKEND)]
+    )
+    assert spec and spec.loader
+    backend = importlib.util.module_from_spec(spec)
+    sys.modules["parallel_backend"] = backend
+    spec.loader.exec_module(backend)
+
+    recipe = backend.Recipe.of("diffusion_model", sys.argv[2], {})
+    denoiser = backend.SplitDenoiser(
+        backend.SplitPlan(("cpu", "cpu"), 1), recipe, backend.ComfyHost(sys.argv[1], ("--cpu",))
+    )
+    x, step = torch.randn(1, 16, 8, 8), torch.ones(1)
+    options = {"y": torch.randn(1, 768), "guidance": torch.ones(1), "transformer_options": {}}
+    denoiser.begin_run()
+    count = 0
+    while True:
+        denoiser(((x, step, torch.randn(1, 16, 768)), options), x, "a stream", ("", {}), lambda: None)
+        count += 1
+        if count == 3:
+            pool = denoiser._pool
+            print(json.dumps({"ranks": pool.pids, "memory": pool._arena.name}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Both blocks in a real ComfyUI, queued as a browser would: pictures, progress, Cancel, freeing, what goes wrong."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from comfy_server import ComfyServer, PromptError, PromptInterrupted
+
+BLOCKS = {"async_unet_split": "split", "parastep_sampler": "sampler"}
+"""Graph -> the id of our node in it."""
+Graph = dict[str, Any]
+Graphs = Callable[..., Graph]
+
+
+@pytest.fixture
+def block_graph(graph: Callable[[str], Graph]) -> Graphs:
+    """A graph of a block on two CPU ranks; ``node`` are inputs of our node, ``steps`` and ``seed`` the sampler's."""
+
+    def make(name: str, steps: int = 20, seed: int = 7, **node: Any) -> Graph:
+        made = graph(name)
+        if name in BLOCKS:
+            made[BLOCKS[name]]["inputs"] |= {"devices": "cpu,cpu", **node}
+        for inputs in (one["inputs"] for one in made.values()):
+            inputs |= {
+                key: value for key, value in (("steps", steps), ("seed", seed), ("noise_seed", seed)) if key in inputs
+            }
+        return made
+
+    return make
+
+
+def picture(server: ComfyServer, graph: Graph) -> np.ndarray:
+    (path,) = server.outputs(server.run(graph))
+    return np.asarray(Image.open(path)).astype(float)
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    return 20 * math.log10(255 / max(1e-9, float(np.sqrt(((a - b) ** 2).mean()))))
+
+
+def ranks(server: ComfyServer) -> list[psutil.Process]:
+    return [one for one in server.processes() if any(Path(part).name == "parallel_backend" for part in one.cmdline())]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def in_the_middle(server: ComfyServer, graph: Graph) -> str:
+    """Queue a long prompt and come back while it samples, with its id."""
+    prompt_id = server.queue(graph)
+    server.wait_event("progress", prompt_id, 90, lambda event: event.data["value"] >= 5)
+    return prompt_id
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_draws_nearly_what_comfyui_draws(comfy_server: ComfyServer, block_graph: Graphs, name: str):
+    ours, theirs = picture(comfy_server, block_graph(name)), picture(comfy_server, block_graph("stock_flux"))
+    assert len(ranks(comfy_server)) == 2
+    assert ours.shape == theirs.shape == (128, 128, 3)
+    assert 15 < psnr(ours, theirs) < 99
+
+
+@pytest.mark.parametrize(
+    ("name", "node"), [("async_unet_split", {"mode": "exact"}), ("parastep_sampler", {"lanes": 1})]
+)
+def test_a_block_without_approximation_draws_what_comfyui_draws(
+    comfy_server: ComfyServer, block_graph: Graphs, name: str, node: dict[str, Any]
+):
+    ours, theirs = picture(comfy_server, block_graph(name, **node)), picture(comfy_server, block_graph("stock_flux"))
+    assert np.abs(ours - theirs).max() <= 1
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_progress_and_previews_arrive_step_by_step(comfy_server: ComfyServer, block_graph: Graphs, name: str):
+    prompt_id = comfy_server.queue(block_graph(name, seed=8), preview="latent2rgb")
+    comfy_server.wait(prompt_id)
+    steps = [event.data["value"] for event in comfy_server.events(prompt_id, "progress")]
+    assert steps == sorted(steps)
+    assert steps[-1] == 20
+    previews = comfy_server.events(prompt_id, "preview")
+    assert previews
+    assert previews[-1].image[:2] == b"\xff\xd8", "not a JPEG"
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_cancel_ends_within_a_step_and_the_next_prompt_is_right(
+    comfy_server: ComfyServer, block_graph: Graphs, name: str
+):
+    before = picture(comfy_server, block_graph(name))
+    pids = {one.pid for one in ranks(comfy_server)}
+    prompt_id = in_the_middle(comfy_server, block_graph(name, steps=2000, seed=9))
+    comfy_server.interrupt(prompt_id)
+    interrupted = time.monotonic()
+    with pytest.raises(PromptInterrupted):
+        comfy_server.wait(prompt_id, 20)
+    assert time.monotonic() - interrupted < 3
+    late = [event for event in comfy_server.events(prompt_id, "progress") if event.time > interrupted]
+    assert len(late) <= 1
+    changed = block_graph(name)
+    changed["sample"]["inputs"]["cfg"] = 3.0000001  # or ComfyUI would show the picture that it has
+    np.testing.assert_allclose(picture(comfy_server, changed), before, atol=1)
+    assert {one.pid for one in ranks(comfy_server)} == pids
+
+
+def test_freeing_ends_the_ranks_and_the_next_prompt_starts_them(comfy_server: ComfyServer, block_graph: Graphs):
+    comfy_server.run(block_graph("async_unet_split", seed=10))
+    assert len(ranks(comfy_server)) == 2
+    comfy_server.free()
+    assert wait_until(lambda: not ranks(comfy_server), 15)
+    comfy_server.run(block_graph("async_unet_split", seed=11))
+    assert len(ranks(comfy_server)) == 2
+
+
+def test_a_rank_killed_in_a_prompt_fails_it_by_name_and_the_next_works(comfy_server: ComfyServer, block_graph: Graphs):
+    prompt_id = in_the_middle(comfy_server, block_graph("parastep_sampler", steps=2000, seed=12))
+    ranks(comfy_server)[0].kill()
+    with pytest.raises(PromptError, match=r"node sample .*LeapfrogError: The process of a rank.*\(rank [01]\)"):
+        comfy_server.wait(prompt_id, 20)
+    assert len(comfy_server.outputs(comfy_server.run(block_graph("parastep_sampler", seed=13)))) == 1
+    assert len(ranks(comfy_server)) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "node", "said"),
+    [
+        ("async_unet_split", {"devices": "cuda:99"}, "node split .*there is no GPU 99"),
+        ("async_unet_split", {"components": 3}, "node split .*3 ranks need 3 devices"),
+        ("parastep_sampler", {"devices": "a GPU"}, "node sampler .*'a GPU' is not a device"),
+        ("parastep_sampler", {"base_sampler": "heun"}, "node sampler .*cannot run 'heun' in parallel"),
+    ],
+)
+def test_a_mistake_is_explained_on_the_node_before_sampling(
+    comfy_server: ComfyServer, block_graph: Graphs, name: str, node: dict[str, Any], said: str
+):
+    with pytest.raises(PromptError, match=f"(?s){said}"):
+        comfy_server.run(block_graph(name, **node))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_single_device_is_comfyui_alone(comfy_server: ComfyServer, block_graph: Graphs, name: str):
+    before = ranks(comfy_server)
+    seed = 14 + len(name)  # a picture that nobody has drawn yet
+    ours = picture(comfy_server, block_graph(name, seed=seed, devices="cpu"))
+    np.testing.assert_array_equal(ours, picture(comfy_server, block_graph("stock_flux", seed=seed)))
+    assert ranks(comfy_server) == before
+
+
+def test_nothing_outlives_a_comfyui_that_is_killed(block_graph: Graphs, tmp_path: Path):
+    with ComfyServer(output=tmp_path) as server:
+        in_the_middle(server, block_graph("async_unet_split", steps=2000))
+        assert len(ranks(server)) == 2
+        server.kill9()
+        assert server.survivors(10) == []
