@@ -85,7 +85,7 @@ class RemoteDenoiser:
 
     def _ready(self, tick: Tick) -> Pool:
         if self._pool is None or not self._pool.alive:
-            self._pool = acquire(self.devices, self.host, tick)
+            self._pool = acquire(self.devices, self.host, tick, self)
             self._slowest.clear()
         return self._pool
 

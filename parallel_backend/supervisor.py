@@ -11,6 +11,7 @@ import os
 import secrets
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_any
@@ -30,6 +31,7 @@ START_TIMEOUT_S = 180.0
 POLL_S = 0.02
 END_GRACE_S = 2.0
 SPARE = 1.25
+UNUSED_S = 60.0
 
 Tick = Callable[[], None]
 
@@ -65,13 +67,15 @@ def _backend(devices: Sequence[str]) -> str:
 class Pool:
     """All ranks, ready. Not for several threads at once: callers hold :attr:`lock` for a whole request.
 
-    ``memory`` is a place for callers to keep what they know about this pool's ranks (what is loaded, say).
+    ``memory`` is a place for callers to keep what they know about this pool's ranks (what is loaded, say). ``users``
+    are the objects that may come back for it; see :func:`acquire`.
     """
 
     def __init__(self, devices: Sequence[str], processes: list[RankProcess], channels: list[Channel[FromRank]]):
         self.devices = tuple(devices)
         self.lock = threading.RLock()
         self.memory: dict[str, Any] = {}
+        self.users: weakref.WeakSet[object] = weakref.WeakSet()
         self.alive = True
         self._processes = processes
         self._channels = channels
@@ -288,8 +292,11 @@ _pools: dict[tuple[str, ...], Pool] = {}
 _pools_lock = threading.Lock()
 
 
-def acquire(devices: Sequence[str], host: ComfyHost, tick: Tick) -> Pool:
-    """The living pool on exactly these devices, or a new one; pools that share a device with it are closed first."""
+def acquire(devices: Sequence[str], host: ComfyHost, tick: Tick, user: object) -> Pool:
+    """The living pool on exactly these devices, or a new one; pools that share a device with it are closed first.
+
+    A pool is closed a minute after the last of its users is gone: ComfyUI drops a MODEL without telling anyone.
+    """
     with _pools_lock:
         for key, pool in list(_pools.items()):
             if not pool.alive or (key != tuple(devices) and set(key) & set(devices)):
@@ -298,7 +305,23 @@ def acquire(devices: Sequence[str], host: ComfyHost, tick: Tick) -> Pool:
         pool = _pools.get(tuple(devices))
         if pool is None:
             pool = _pools[tuple(devices)] = start_pool(devices, host, tick)
+        if user not in pool.users:
+            pool.users.add(user)
+            weakref.finalize(user, _close_later, pool).atexit = False
         return pool
+
+
+def _close_later(pool: Pool) -> None:
+    if pool.alive:
+        timer = threading.Timer(UNUSED_S, _close_unused, (pool,))
+        timer.daemon = True
+        timer.start()
+
+
+def _close_unused(pool: Pool) -> None:
+    with _pools_lock:
+        if not pool.users:
+            pool.close()
 
 
 def close_all() -> None:

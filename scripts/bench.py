@@ -128,7 +128,7 @@ def round_trip_ms() -> float:
     from leapfrog.parallel_backend.protocol import Echo
     from leapfrog.parallel_backend.supervisor import acquire
 
-    pool = acquire(("cpu",) * RANKS, comfy_host(), lambda: None)
+    pool = acquire(("cpu",) * RANKS, comfy_host(), lambda: None, round_trip_ms)
     latent = torch.randn(1, 4, 64, 64)
     times = []
     for _ in range(500):

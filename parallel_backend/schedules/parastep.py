@@ -122,5 +122,7 @@ def row_shares(rows: int, group: int, ranks: int) -> Sequence[tuple[int, int]]:
     With rows ordered conditioning by conditioning, two ranks get the unconditional and the conditional half: CFG lanes
     come out of the same rule.
     """
+    if rows % group:
+        raise ValueError(f"{rows} rows are not groups of {group}")
     groups = rows // group
     return [(groups * r // ranks * group, groups * (r + 1) // ranks * group) for r in range(ranks)]
