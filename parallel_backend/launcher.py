@@ -20,13 +20,13 @@ from .protocol import LaunchSpec
 
 log = logging.getLogger("leapfrog")
 PACKAGE = Path(__file__).resolve().parent
-# What a rank inherits: enough to find Python, libraries and devices. Allocator settings of the host stay out.
+# What a rank inherits: enough to find Python, libraries and devices. PyTorch's allocator settings stay out.
 KEPT = (
     "PATH HOME USER LANG LC_ALL TMPDIR TEMP TMP SYSTEMROOT SYSTEMDRIVE WINDIR USERPROFILE APPDATA LOCALAPPDATA COMSPEC "
     "LD_LIBRARY_PATH LD_PRELOAD VIRTUAL_ENV PYTHONPATH PYTHONHASHSEED PYTHONDONTWRITEBYTECODE CUDA_HOME CUDA_PATH "
     "CUDA_DEVICE_ORDER XDG_CACHE_HOME HF_HUB_OFFLINE"
 ).split()
-KEPT_PREFIXES = ("LEAPFROG_", "NCCL_")
+KEPT_PREFIXES = ("LEAPFROG_", "NCCL_", "MALLOC_")
 
 
 def rank_environment(device: str, backend: str, threads: int) -> dict[str, str]:
