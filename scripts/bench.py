@@ -25,8 +25,8 @@ CFG = 7.0
 RANKS = 2
 MODEL = ROOT / "build" / "bench" / "sd15_random.safetensors"
 SECONDS_SOLO = 12.0
-# All processes alike: glibc keeps what is freed. By default it gives large blocks back to the system, and the page faults
-# that follow cost more than the arithmetic, all the more the more weights a process works on.
+# All processes alike: glibc keeps what is freed. By default it gives large blocks back to the system, and the page
+# faults that follow cost more than the arithmetic, the more so the more weights a process works on.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 

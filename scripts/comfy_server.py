@@ -1,8 +1,8 @@
 """A real headless ComfyUI: started, driven through ComfyClient, and stopped without remains.
 
-    with ComfyServer() as server:
-        entry = server.run(graph)                  # API format; raises PromptError with the node's own words
-        pictures = server.outputs(entry)           # paths
+with ComfyServer() as server:
+    entry = server.run(graph)                  # API format; raises PromptError with the node's own words
+    pictures = server.outputs(entry)           # paths
 """
 
 from __future__ import annotations
