@@ -217,9 +217,9 @@ def run(options: argparse.Namespace) -> None:
     for name, (_work, bound) in rows.items():
         took = statistics.median(seconds[name])
         speed = alone / took
-        reached = speed / (bound / RANKS * factor) if bound > 1 else float("nan")
+        reached = f"{speed / (bound / RANKS * factor):.0%}" if bound > 1 else "-"
         apart = float((latents[name] - reference).norm() / reference.norm())
-        print(f"{name:26}{took:9.2f}{speed:7.2f}x{bound:7.2f}x{reached:18.0%}{apart:17.1e}")
+        print(f"{name:26}{took:9.2f}{speed:7.2f}x{bound:7.2f}x{reached:>18}{apart:17.1e}")
         table.append({"name": name, "seconds": seconds[name], "speed": speed, "bound": bound, "difference": apart})
     costs = next(iter(SplitDenoiser._costs.values()))
     print("unit times, ms: " + " ".join(f"{1e3 * c:.0f}" for c in costs))
