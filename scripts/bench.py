@@ -30,6 +30,14 @@ SECONDS_SOLO = 12.0
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
+def devices() -> tuple[str, ...]:
+    """The ranks' devices: two GPUs where there are two, else the CPU."""
+    import torch
+
+    many = torch.cuda.is_available() and torch.cuda.device_count() >= RANKS
+    return tuple(f"cuda:{i}" for i in range(RANKS)) if many else ("cpu",) * RANKS
+
+
 def write_sd15(path: Path) -> None:
     """A U-Net of Stable Diffusion 1.5's layout, 860 M parameters, float32, seeded random weights."""
     import comfy.ops
@@ -86,15 +94,18 @@ def solo(size: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    denoiser = comfy.sd.load_diffusion_model(str(MODEL)).model.diffusion_model
-    x, t, context = torch.randn(2, 4, size, size), torch.full((2,), 500.0), torch.randn(2, 77, 768)
+    model = comfy.sd.load_diffusion_model(str(MODEL)).model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    denoiser, dtype = model.diffusion_model.to(device), model.get_dtype_inference()
+    t = torch.full((2,), 500.0, device=device)
+    x, context = (torch.randn(shape, device=device, dtype=dtype) for shape in ((2, 4, size, size), (2, 77, 768)))
     with torch.inference_mode():
         denoiser(x, t, context=context)
         print("ready", flush=True)
         sys.stdin.readline()
         began, calls = time.perf_counter(), 0
         while time.perf_counter() - began < SECONDS_SOLO:
-            denoiser(x, t, context=context)
+            denoiser(x, t, context=context).sum().item()  # waits for a GPU
             calls += 1
         print(calls / (time.perf_counter() - began), flush=True)
 
@@ -104,11 +115,13 @@ def machine_factor(size: int) -> float:
 
     def together(count: int) -> float:
         command = [sys.executable, __file__, "--solo", "--size", str(size)]
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
         jobs = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
-            for _ in range(count)
-        ]
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": device.partition(":")[2]},
+            )
+            for device in devices()[:count]
+        ]  # fmt: skip
         for job in jobs:
             said: Any = job.stdout
             while said.readline().strip() != "ready":
@@ -131,7 +144,7 @@ def round_trip_ms() -> float:
     from leapfrog.parallel_backend.protocol import Echo
     from leapfrog.parallel_backend.supervisor import acquire
 
-    pool = acquire(("cpu",) * RANKS, comfy_host(), lambda: None, round_trip_ms)
+    pool = acquire(devices(), comfy_host(), lambda: None, round_trip_ms)
     latent = torch.randn(1, 4, 64, 64)
     times = []
     for _ in range(500):
@@ -154,7 +167,8 @@ def main() -> None:
     options = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if not options.solo and devices()[0] == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     add_comfyui()
     load_pack()
     import torch
@@ -178,7 +192,7 @@ def run(options: argparse.Namespace) -> None:
     from leapfrog.parallel_backend.schedules import asyncdiff, parastep
     from leapfrog.parallel_backend.supervisor import close_all
 
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, {RANKS} one-thread ranks")
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(devices())}")
     print(f"Stable Diffusion 1.5 U-Net, random weights, latent side {options.size}, {options.steps} steps, CFG {CFG}")
     factor = machine_factor(options.size)
     print(f"two independent processes reach {factor:.2f}x of one on this machine")
@@ -186,9 +200,9 @@ def run(options: argparse.Namespace) -> None:
 
     whole = comfy.sd.load_diffusion_model(str(MODEL))
     euler = comfy.samplers.sampler_object("euler")
-    devices = ",".join(["cpu"] * RANKS)
-    split = {m: AsyncUNetSplit.execute(whole, devices, 0, options.warmup, 1, m).args[0] for m in ("async", "exact")}
-    lanes = ParaStepSampler.execute("euler", 0, options.warmup, devices, "linear").args[0]
+    named = ",".join(devices())
+    split = {m: AsyncUNetSplit.execute(whole, named, 0, options.warmup, 1, m).args[0] for m in ("async", "exact")}
+    lanes = ParaStepSampler.execute("euler", 0, options.warmup, named, "linear").args[0]
     rows: dict[str, tuple[Callable, float]] = {
         "ComfyUI alone": (lambda n: sample(whole, euler, n, options.size), 1.0),
         "Async UNet Split, exact": (lambda n: sample(split["exact"], euler, n, options.size), 1.0),
