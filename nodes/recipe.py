@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import comfy.cli_args
 import comfy.model_patcher
@@ -63,8 +64,15 @@ def patches_of(model: comfy.model_patcher.ModelPatcher) -> tuple[str, dict[str, 
             raise LeapfrogError.of("unsupported_patch", f"This MODEL replaces '{name}', which cannot travel to a rank.")
     if not model.patches:
         return "", {}
-    tree = {key: [_plain_patch(key, patch) for patch in patches] for key, patches in model.patches.items()}
-    return str(model.patches_uuid), tree
+    known = _trees.get(model)
+    if known is None or known[0] != str(model.patches_uuid):
+        tree = {key: [_plain_patch(key, patch) for patch in patches] for key, patches in model.patches.items()}
+        known = _trees[model] = (str(model.patches_uuid), tree)
+    return known
+
+
+# A call of the denoiser asks for the patches each time; ComfyUI gives them a new id whenever they change.
+_trees: WeakKeyDictionary[comfy.model_patcher.ModelPatcher, tuple[str, dict[str, Any]]] = WeakKeyDictionary()
 
 
 def _plain_patch(key: str, patch: tuple) -> tuple:

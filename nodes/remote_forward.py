@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -37,6 +38,14 @@ def travelling_options(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k not in STAYS and k not in MUST_BE_EMPTY}
 
 
+def refuse_hooks(hooks: comfy.hooks.HookGroup | None) -> None:
+    """Raises LeapfrogError unsupported_patch where a conditioning changes the weights."""
+    if hooks is not None:
+        raise LeapfrogError.of(
+            "unsupported_patch", "A conditioning carries weight hooks, which cannot travel to a rank."
+        )
+
+
 def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: tuple, kwargs: dict) -> torch.Tensor:
     """One call of the denoiser in the ranks; returns on the device of its first argument.
 
@@ -46,10 +55,7 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     options = kwargs.get("transformer_options", {})
     going = travelling_options(options)
     tick = comfy.model_management.throw_exception_if_processing_interrupted
-    if patcher.current_hooks is not None:
-        raise LeapfrogError.of(
-            "unsupported_patch", "A conditioning carries weight hooks, which cannot travel to a rank."
-        )
+    refuse_hooks(patcher.current_hooks)
     patches = patches_of(patcher)
     tree = (args, {**kwargs, "transformer_options": going})
     try:

@@ -13,8 +13,8 @@ import comfy.model_patcher
 import comfy.patcher_extension
 import torch
 
-from ..parallel_backend import LeapfrogError, SplitDenoiser
-from .remote_forward import SEEN, Remote, Seen, evaluate, run_wrapped
+from ..parallel_backend import SplitDenoiser
+from .remote_forward import SEEN, Remote, Seen, evaluate, refuse_hooks, run_wrapped
 
 log = logging.getLogger("leapfrog")
 
@@ -120,10 +120,7 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         return result
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup | None) -> None:
-        if hooks is not None:
-            raise LeapfrogError.of(
-                "unsupported_patch", "A conditioning carries weight hooks, which cannot travel to a rank."
-            )
+        refuse_hooks(hooks)
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
         """No hook was ever applied."""

@@ -59,8 +59,6 @@ def run_rank(orders: bytes) -> None:
 
 
 def _start(spec: LaunchSpec, channel: Channel[FromHost]) -> Rank:
-    if spec.threads:
-        torch.set_num_threads(spec.threads)
     store, port = open_store(spec.world) if spec.rank == 0 else (None, 0)
     from .models.boot import boot_comfy
 
