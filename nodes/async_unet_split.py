@@ -46,27 +46,70 @@ class AsyncUNetSplit(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "warmup_steps",
-                    default=3,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=1000,
-                    tooltip="Steps computed exactly at the start. More: closer to ComfyUI alone, but slower.",
+                    tooltip=(
+                        "Steps computed exactly at the start. 0: as many as it takes until the next ones can be "
+                        "predicted well. More: closer to ComfyUI alone, but slower."
+                    ),
                 ),
                 io.Int.Input(
                     "stride",
                     default=1,
                     min=1,
-                    max=1,
+                    max=2,
                     advanced=True,
-                    tooltip="Steps served by one parallel batch. Only 1 for now.",
+                    tooltip="asyncdiff only: 2 serves two steps with one parallel batch and needs one more device.",
                 ),
                 io.Combo.Input(
                     "mode",
-                    options=["async", "exact"],
-                    default="async",
+                    options=list(SplitPlan.MODES),
+                    default="lookahead",
                     tooltip=(
-                        "async: all parts compute at the same time, each on the previous step's data; the picture "
-                        "differs a little. exact: one part after the other; the picture of ComfyUI alone, no faster. "
-                        "For models too large for one device."
+                        "lookahead: the parts work on several steps at once, the later ones at predicted points; very "
+                        "close to ComfyUI alone. asyncdiff: as published, each part on the previous step's data; the "
+                        "picture differs more. extrapolated: asyncdiff with that data continued by one step. exact: "
+                        "one part after the other; the picture of ComfyUI alone, no faster, for models too large for "
+                        "one device."
+                    ),
+                ),
+                io.Combo.Input(
+                    "cfg_lanes",
+                    options=["auto", "on", "off"],
+                    default="auto",
+                    advanced=True,
+                    tooltip=(
+                        "Prompt and negative prompt on different devices, which is exact. auto: with CFG above 1 and "
+                        "an even number of devices, before cutting deeper; with two devices each then holds the "
+                        "whole denoiser, if it fits. off, or 2 components on 2 devices: always cut."
+                    ),
+                ),
+                io.Float.Input(
+                    "drift_bound",
+                    default=0.02,
+                    min=0.0001,
+                    max=1.0,
+                    step=0.001,
+                    advanced=True,
+                    tooltip=(
+                        "How far a predicted step may be from the true one (relative) before it is computed again, "
+                        "exactly; also ends the automatic warm-up. Smaller: closer, but slower."
+                    ),
+                ),
+                io.Boolean.Input(
+                    "time_shift",
+                    default=False,
+                    advanced=True,
+                    tooltip="asyncdiff only: use the previous step's time, the age of the data. Against noise.",
+                ),
+                io.String.Input(
+                    "cut",
+                    default="",
+                    advanced=True,
+                    tooltip=(
+                        "Where to cut, by hand: the number of the first unit of each part but the first, such as "
+                        "'13'. Empty: measured, so that the slowest part is as fast as possible."
                     ),
                 ),
             ],
@@ -74,11 +117,17 @@ class AsyncUNetSplit(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, devices: str, components: int, warmup_steps: int, stride: int, mode: str) -> io.NodeOutput:
+    def execute(
+        cls, model, devices: str, components: int, warmup_steps: int, stride: int, mode: str, cfg_lanes: str = "auto",
+        drift_bound: float = 0.02, time_shift: bool = False, cut: str = "",
+    ) -> io.NodeOutput:  # fmt: skip
         if isinstance(model, StandInPatcher):
             raise LeapfrogError.of("unsupported_patch", "This MODEL has been split already.")
-        plan = SplitPlan.choose(devices, components, warmup_steps, mode)
-        if plan.components == 1:
+        plan = SplitPlan.choose(
+            devices, components, warmup=warmup_steps, mode=mode, cfg_lanes=cfg_lanes, bound=drift_bound,
+            time_shift=time_shift, cut=cut,
+        )  # fmt: skip
+        if len(plan.devices) == 1:
             log.info("Leapfrog: one device (%s), so Async UNet Split passes the MODEL through.", plan.devices[0])
             return io.NodeOutput(model)
         plan.check(model.model.diffusion_model)

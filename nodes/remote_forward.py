@@ -16,6 +16,7 @@ import torch
 
 from ..parallel_backend import LanesDenoiser, LeapfrogError, SplitDenoiser
 from .recipe import patches_of
+from .waves import LookaheadRun, park
 
 Remote = SplitDenoiser | LanesDenoiser
 # Options that only the host's own code reads.
@@ -46,7 +47,7 @@ def refuse_hooks(hooks: comfy.hooks.HookGroup | None) -> None:
         )
 
 
-def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: tuple, kwargs: dict) -> torch.Tensor:
+def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: tuple, kwargs: dict) -> Any:
     """One call of the denoiser in the ranks; returns on the device of its first argument.
 
     Raises LeapfrogError, ComfyUI's InterruptProcessingException, or its out-of-memory error.
@@ -63,12 +64,19 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
             tree = (args, {**kwargs, "transformer_options": per_row(going, x.shape[0])})
             output = denoiser(tree, x, int(kwargs.get("num_video_frames", 1)), patches, tick)
         else:
-            output = denoiser(tree, x, _stream(patcher, options, x), patches, tick)
+            chunks = options.get("cond_or_uncond") or [0]
+            pending = denoiser.submit(tree, x, chunks, _stream(patcher, options, x), patches, tick)
+            try:
+                park(pending)
+            except BaseException:
+                denoiser.drop(pending)
+                raise
+            output = denoiser.result(pending, tick)
     except LeapfrogError as error:
         if error.report.code == "rank_oom":
             raise torch.OutOfMemoryError(str(error)) from error
         raise
-    return output.to(x.device)
+    return output.to(x.device) if isinstance(x, torch.Tensor) else [part.to(x[0].device) for part in output]
 
 
 def per_row(options: dict[str, Any], rows: int) -> dict[str, Any]:
@@ -83,24 +91,29 @@ def _stream(patcher: comfy.model_patcher.ModelPatcher, options: dict[str, Any], 
     """The key of the stale state that a call may use: its conditionings, its window, its repeat at this sigma."""
     window = getattr(options.get("context_window"), "index_list", None)
     uuids = tuple(map(str, options.get("uuids", ())))
-    key = (tuple(options.get("cond_or_uncond", ())), uuids, tuple(x.shape), str(window))
+    shapes = tuple(tuple(part.shape) for part in ([x] if isinstance(x, torch.Tensor) else x))
+    key = (tuple(options.get("cond_or_uncond", ())), uuids, shapes, str(window))
     sigmas = options.get("sigmas")
     sigma = float(sigmas.flatten()[0]) if isinstance(sigmas, torch.Tensor) else 0.0
-    seen: dict = patcher.attachments.setdefault(SEEN, Seen())
+    seen = patcher.attachments.setdefault(RUN, Run()).seen
     last_sigma, repeat = seen.get(key, (None, 0))
     repeat = repeat + 1 if sigma == last_sigma else 0
     seen[key] = (sigma, repeat)
     return (*key, repeat)
 
 
-SEEN = "leapfrog_seen"
+RUN = "leapfrog_run"
 
 
-class Seen(dict):
-    """Streams of the run that goes on; a clone of the MODEL starts with none."""
+class Run:
+    """What belongs to one sampling run of a MODEL: its streams and its waves. A clone of the MODEL starts with none."""
 
-    def on_model_patcher_clone(self) -> Seen:
-        return Seen()
+    def __init__(self, denoiser: SplitDenoiser | None = None):
+        self.seen: dict[tuple, tuple[float, int]] = {}
+        self.lookahead = LookaheadRun(denoiser) if denoiser and denoiser.plan.mode == "lookahead" else None
+
+    def on_model_patcher_clone(self) -> Run:
+        return Run()
 
 
 def run_wrapped(dm: torch.nn.Module, forward: Callable[..., torch.Tensor], args: tuple, kwargs: dict) -> torch.Tensor:

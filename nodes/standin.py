@@ -14,7 +14,7 @@ import comfy.patcher_extension
 import torch
 
 from ..parallel_backend import SplitDenoiser
-from .remote_forward import SEEN, Remote, Seen, evaluate, refuse_hooks, run_wrapped
+from .remote_forward import RUN, Remote, Run, evaluate, refuse_hooks, run_wrapped
 
 log = logging.getLogger("leapfrog")
 
@@ -79,6 +79,7 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         made: Any = seed.clone(model_override=(twin, ({}, {}, {}, set())))
         made.parent = None
         made.cached_patcher_init = None
+        made.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "leapfrog", _predict_noise)
         if made.additional_models.pop("multigpu", None):
             log.warning(
                 "Leapfrog: MultiGPU CFG Split in front of Async UNet Split is left out; the split has the GPUs."
@@ -127,9 +128,19 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
 
     def pre_run(self) -> None:
         super().pre_run()
-        self.attachments[SEEN] = Seen()
+        self.attachments[RUN] = Run(self.denoiser)
         self.denoiser.begin_run()
 
     def cleanup(self) -> None:
         super().cleanup()
+        run = self.attachments.pop(RUN, None)
+        if run and run.lookahead:
+            run.lookahead.drop()
         self.denoiser.end_run()
+
+
+def _predict_noise(executor: Any, x: torch.Tensor, sigma: torch.Tensor, model_options: dict, seed: Any = None) -> Any:
+    run = executor.class_obj.model_patcher.attachments.get(RUN)
+    if run is None or run.lookahead is None:
+        return executor(x, sigma, model_options, seed)
+    return run.lookahead.predict_noise(executor, x, sigma, model_options, seed)

@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
+from .cutting import FOR_WEIGHTS, choose_cut
 from .errors import LeapfrogError
-from .plan import LanesPlan, SplitPlan
-from .protocol import Done, Evaluate, Load, Loaded, Payload, Profile, Recipe, Unload
+from .plan import STALE_MODES, LanesPlan, SplitPlan
+from .protocol import Cut, Evaluate, Load, Loaded, Payload, Recipe, Trace, Traced, Unload
 from .report import RunReport
 from .schedules.asyncdiff import Streams
+from .schedules.lookahead import Lookahead
 from .schedules.parastep import row_shares
-from .schedules.partition import partition, slowest_share
-from .supervisor import ComfyHost, Pool, Tick, acquire, step_timeout_s
+from .supervisor import Call, ComfyHost, Pool, Tick, acquire, step_timeout_s
 from .tensors import flatten, slice_rows
+from .units import Flow
 
 log = logging.getLogger("leapfrog")
 WARM_TIMEOUT_S = 30.0
 WARM_TIMEOUT_FACTOR = 20
+TRACE_ROUNDS = 3
 
 
 # Weight patches (LoRA and the like) to bake into the ranks' weights: an id that changes whenever they do, and a tree.
 Patches = tuple[str, dict[str, Any]]
+
+
+@dataclass(eq=False)
+class Pending:
+    """An evaluation under way. ``finals`` are the ranks that will have its rows, in order."""
+
+    call: Call
+    finals: list[int]
+    size: torch.Size
+    sent_at: float
+    measured: Callable[[float], None] | None = None
 
 
 class RemoteDenoiser:
@@ -55,13 +71,18 @@ class RemoteDenoiser:
 
     def end_run(self) -> None:
         """Log what the run did."""
-        if self.report and self.report.round_trips:
+        if self.report and self.report.calls:
             for line in self.report.lines():
                 log.info("Leapfrog: %s", line)
             path = self.report.save_trace()
             if path:
                 log.info("Leapfrog: trace written to %s", path)
         self.report = None
+
+    def note(self, text: str) -> None:
+        """A line for the run's report."""
+        if self.report:
+            self.report.notes.append(text)
 
     def unload(self) -> None:
         """Drop the weights in the ranks; the next call loads them again."""
@@ -83,127 +104,289 @@ class RemoteDenoiser:
         loaded = self._pool.memory.get("loaded") if self._pool and self._pool.alive else None
         return loaded[1][rank].nbytes if loaded else 0
 
-    def _ready(self, tick: Tick) -> Pool:
+    def wait(self, pending: Sequence[Pending], tick: Tick) -> Pending:
+        """The first of these evaluations that is ready. Raises LeapfrogError, or what ``tick`` raises."""
+        assert self._pool
+        # a call of known size gets a tighter deadline; those before it in the pipeline come first
+        known = max(self._slowest.get(one.size, step_timeout_s()) for one in pending)
+        timeout = min(step_timeout_s(), max(WARM_TIMEOUT_S, WARM_TIMEOUT_FACTOR * known))
+        with self._pool.lock:
+            finals = {rank for one in pending for rank in one.finals}
+            call = self._pool.wait([one.call for one in pending], sorted(finals), timeout, tick)
+        return next(one for one in pending if one.call is call)
+
+    def ready(self, pending: Pending) -> bool:
+        return all(rank in pending.call.replies for rank in pending.finals)
+
+    def result(self, pending: Pending, tick: Tick) -> Any:
+        """Wait for an evaluation and return its output, a CPU tensor (or a tree of them, as the model's output is)."""
+        pool = self._pool
+        assert pool and self.report
+        try:
+            self.wait([pending], tick)
+            if pending.measured:
+                pool.wait([pending.call], sorted(pending.call.ranks), step_timeout_s(), tick)
+                pending.measured(max(reply.drift for reply in pending.call.replies.values()))
+            parts = [pool.read(pending.call.replies[rank].output) for rank in pending.finals]
+        finally:
+            self.drop(pending)
+        seconds = time.perf_counter() - pending.sent_at
+        self._slowest[pending.size] = max(self._slowest.get(pending.size, 0.0), seconds)
+        self.report.ended(pending.call.number, seconds)
+        return _joined(parts)
+
+    def drop(self, pending: Pending) -> None:
+        """Nobody will ask for this evaluation's output (again)."""
+        if self._pool:
+            self._pool.done(pending.call)
+
+    def _ready_pool(self, tick: Tick) -> Pool:
         if self._pool is None or not self._pool.alive:
             self._pool = acquire(self.devices, self.host, tick, self)
             self._slowest.clear()
         return self._pool
 
-    def _load(self, pool: Pool, bounds: list[tuple[int, int]], patches: Patches, tick: Tick) -> list[Loaded]:
-        wanted = (self.recipe, tuple(bounds), patches[0])
+    def _load(self, pool: Pool, cut: Cut | None, lanes: list[list[int]], patches: Patches, tick: Tick) -> list[Loaded]:
+        """What the ranks hold, after loading what they do not. ``lanes`` are the ranks of each lane, in order."""
+        wanted = (self.recipe, cut, lanes, patches[0])
         current = pool.memory.get("loaded")
         if current and current[0] == wanted:
             return current[1]
         pool.memory.pop("loaded", None)
+        pool.memory.pop("learnt", None)
         began = time.monotonic()
         tree, _ = pool.payload(patches[1], tick, where="weight patches")
         message = {
-            r: Load(recipe=self.recipe, bounds=bounds, patches=tree, patches_id=patches[0])
-            for r in range(len(self.devices))
+            rank: Load(recipe=self.recipe, cut=cut, peers=lane, patches=tree, patches_id=patches[0])
+            for lane in lanes
+            for rank in lane
         }
-        replies = pool.request(message, step_timeout_s(), tick)
-        loaded: list[Loaded] = [replies[r] for r in range(len(self.devices))]
+        replies = pool.request(message, step_timeout_s(), tick, using=tree)
+        loaded: list[Loaded] = [replies.get(r, Loaded()) for r in range(len(self.devices))]
         pool.memory["loaded"] = (wanted, loaded)
         log.info("Leapfrog: weights in place after %.1f s", time.monotonic() - began)
         return loaded
 
-    def _evaluate(
-        self, pool: Pool, messages: dict[int, Evaluate], size: torch.Size, kind: str, tick: Tick
-    ) -> list[torch.Tensor]:
-        """Send, wait, return the result tensors in rank order. A call of known ``size`` gets a tighter deadline."""
-        timeout = step_timeout_s()
-        known = self._slowest.get(size)
-        if known:
-            timeout = min(timeout, max(WARM_TIMEOUT_S, WARM_TIMEOUT_FACTOR * known))
-        began = time.perf_counter()
-        replies: dict[int, Done] = pool.request(messages, timeout, tick)
-        payloads = [replies[rank].output for rank in sorted(replies)]
-        outputs = [pool.read(payload) for payload in payloads if payload]
-        seconds = time.perf_counter() - began
-        self._slowest[size] = max(known or 0.0, seconds)
+    def _submit(
+        self, pool: Pool, messages: dict[int, Evaluate], payload: Payload, finals: list[int], size: torch.Size,
+        kind: str, tick: Tick,
+    ) -> Pending:  # fmt: skip
         assert self.report
-        self.report.add(len(self.report.round_trips), kind, seconds, replies)
-        return [tensor for output in outputs for tensor in output]
+        report = self.report
+        call = pool.submit(messages, tick, payload, lambda call, rank, reply: report.replied(call, rank, reply))
+        report.sent(call.number, kind)
+        return Pending(call, finals, size, time.perf_counter())
 
 
 def _no_tick() -> None:
     pass
 
 
-def _room_for_output(x: torch.Tensor) -> int:
+def _joined(parts: list[Any]) -> Any:
+    """One output of several lanes' outputs, row by row."""
+    if len(parts) == 1:
+        return parts[0]
+    if isinstance(parts[0], torch.Tensor):
+        return torch.cat(parts)
+    return type(parts[0])(_joined(list(items)) for items in zip(*parts, strict=True))
+
+
+def _room_for_output(x: Any) -> int:
     """Bytes for a result: as many elements as ``x`` in float32, twice over, on a 64-byte boundary."""
-    return x.nelement() * 8 + 64 & ~63
+    elements = sum(t.nelement() for t in flatten(x)[1])
+    return elements * 8 + 64 & ~63
 
 
-def _signature(payload: Payload) -> Hashable:
-    return tuple((head.dtype, head.shape) for head in payload.heads)
+def _layout_key(payload: Payload) -> str:
+    """What decides the flow between units and the shapes in it: shapes, structure, code inside the denoiser."""
+
+    def structure(node: Any) -> Any:
+        kind, body = node
+        if kind == "v":
+            return type(body).__name__
+        if kind in ("l", "u"):
+            return [kind, *map(structure, body)]
+        if kind == "d":
+            return [[key[1], value if key[1] == "inside_patches" else structure(value)] for key, value in body]
+        return kind
+
+    return json.dumps([structure(payload.spec), [(head.dtype, head.shape) for head in payload.heads]], default=str)
+
+
+@dataclass
+class Lane:
+    """One pipeline in one call: the ranks of its components in order, the rows and the chunks that it evaluates."""
+
+    ranks: list[int]
+    rows: tuple[int, int]
+    chunks: tuple[int, int]
 
 
 class SplitDenoiser(RemoteDenoiser):
-    """Async UNet Split: each rank holds one component."""
+    """Async UNet Split: each rank holds one component; with guidance, two lanes of components share the rows."""
 
     title = "Async UNet Split"
-    _costs: ClassVar[dict[Hashable, list[float]]] = {}
+    _traces: ClassVar[dict[Hashable, dict[int, Traced]]] = {}
+    _units: ClassVar[dict[Recipe, list[str]]] = {}
 
     def __init__(self, plan: SplitPlan, recipe: Recipe, host: ComfyHost):
         super().__init__(plan.devices, recipe, host)
         self.plan = plan
-        self._streams = Streams(plan.warmup, plan.mode == "async")
-        self._run = 0
+        self._lanes: list[list[int]] = []
+        self._forget_streams()
 
     def begin_run(self) -> None:
         super().begin_run()
+        self._lanes = []
         self._forget_streams()
 
+    @property
+    def components(self) -> int:
+        """Components of the pipeline that serves the run; 0 before its first evaluation."""
+        return len(self._lanes[0]) if self._lanes else 0
+
+    def lookahead(self, sigmas: Sequence[float]) -> Lookahead:
+        """The schedule of a run with these sigmas."""
+        return Lookahead(sigmas, self.components - 1, self.plan.warmup, self.plan.bound)
+
     def _forget_streams(self) -> None:
-        self._streams = Streams(self.plan.warmup, self.plan.mode == "async")
+        self._streams = Streams(self.plan.warmup, self.plan.mode in STALE_MODES, self.plan.bound)
         self._run = time.monotonic_ns()
 
-    def __call__(self, inputs: Any, x: torch.Tensor, stream: Hashable, patches: Patches, tick: Tick) -> torch.Tensor:
-        """Evaluate the denoiser. ``inputs`` is the tree (args, kwargs) of its forward, ``x`` the latent within it.
+    def submit(
+        self, inputs: Any, x: Any, chunks: Sequence[int], stream: Hashable, patches: Patches, tick: Tick
+    ) -> Pending:
+        """Start an evaluation. ``inputs`` is the tree (args, kwargs) of the denoiser's forward, ``x`` the latent in it.
 
-        ``stream`` names the conditioning whose stale state may be used. Returns a CPU tensor shaped like ``x`` (or as
-        the model's output is). Raises LeapfrogError.
+        ``chunks`` say which conditioning each equal share of the rows belongs to. ``stream`` names the conditioning
+        whose stale state may be used. Raises LeapfrogError.
         """
-        pool = self._ready(tick)
+        pool = self._ready_pool(tick)
         with pool.lock:
-            payload, out = pool.payload(inputs, tick, reserve=_room_for_output(x), where="denoiser input")
-            shape = _signature(payload)
-            if "bounds" not in pool.memory or pool.memory["bounds"][0] != self.recipe:
-                pool.memory["bounds"] = (self.recipe, self._balance(pool, payload, shape, tick))
-            loaded = pool.memory.get("loaded")
-            bounds = pool.memory["bounds"][1]
-            if not loaded or loaded[0] != (self.recipe, tuple(bounds), patches[0]):
-                self._load(pool, bounds, patches, tick)
-                self._forget_streams()  # the ranks may have lost theirs: weights can be unloaded in the middle of a run
-                payload, out = pool.payload(inputs, tick, reserve=_room_for_output(x), where="denoiser input")
-            assert self.report
-            self.report.loaded = pool.memory["loaded"][1]
-            shapes = pool.memory.setdefault("shapes", {})
-            number = shapes.setdefault((self.recipe, tuple(bounds), shape), len(shapes))
-            stream_number, exact = self._streams.next((stream, number))
-            message = {
-                rank: Evaluate(
-                    inputs=payload, out=out, out_size=_room_for_output(x), run=self._run,
-                    stream=stream_number, shape=number, exact=exact,
-                )
-                for rank in range(len(self.devices))
-            }  # fmt: skip
-            (output,) = self._evaluate(pool, message, x.shape, "exact" if exact else "async", tick)
-        return output
+            if not self._lanes:
+                self._lanes = self.plan.lanes(len(set(chunks)) > 1, self._whole_fits(pool))
+            lanes = _lanes_of_call(self._lanes, _first(x).shape[0], chunks)
+            payloads, out = self._write(pool, lanes, inputs, x, chunks, tick)
+            if self._prepare(pool, payloads[0], patches, tick):
+                payloads, out = self._write(pool, lanes, inputs, x, chunks, tick)
+            return self._send(pool, lanes, payloads, out, x, stream, tick)
 
-    def _balance(self, pool: Pool, payload: Payload, shape: Hashable, tick: Tick) -> list[tuple[int, int]]:
-        """Components whose slowest is as fast as possible, from unit times measured on the first rank's device."""
-        key = (self.recipe, shape, self.devices)
-        if key not in self._costs:
-            reply = pool.request({0: Profile(recipe=self.recipe, inputs=payload)}, step_timeout_s(), tick)[0]
-            self._costs[key] = reply.seconds
-            log.info("Leapfrog: measured %d units, %.1f ms together", len(reply.seconds), 1e3 * sum(reply.seconds))
-        costs = self._costs[key]
-        bounds = list(partition(costs, self.plan.components))
-        share = slowest_share(costs, bounds)
-        log.info("Leapfrog: components %s, the slowest is %.0f %% of the denoiser", bounds, 100 * share)
-        return bounds
+    def _write(
+        self, pool: Pool, lanes: list[Lane], inputs: Any, x: Any, chunks: Sequence[int], tick: Tick
+    ) -> tuple[list[Payload], int]:
+        """What each lane gets, and where the room for outputs begins."""
+        trees = [_with_chunks(inputs, chunks[slice(*lane.chunks)]) for lane in lanes]
+        payload, out = pool.payload(trees[0], tick, reserve=_room_for_output(x) * len(lanes), where="denoiser input")
+        if len(lanes) == 1:
+            return [payload], out
+        rows = _first(x).shape[0]
+        return [
+            Payload(
+                payload.arena, flatten(tree, "denoiser input")[0],
+                [slice_rows(head, rows, *lane.rows) for head in payload.heads],
+            )
+            for tree, lane in zip(trees, lanes, strict=True)
+        ], out  # fmt: skip
+
+    def _send(
+        self, pool: Pool, lanes: list[Lane], payloads: list[Payload], out: int, x: Any, stream: Hashable, tick: Tick
+    ) -> Pending:
+        number, flow = self._layout(pool, payloads[0], tick) if self.components > 1 else (0, None)
+        learnt: set[tuple[int, int]] = pool.memory.setdefault("learnt", set())
+        how = self._streams.next((stream, number))
+        room = _room_for_output(x)
+        messages = {
+            rank: Evaluate(
+                inputs=payload, out=out + at * room, out_size=room, run=self._run, stream=how.stream, layout=number,
+                flow=None if (number, rank) in learnt else flow, exact=how.exact, measure=how.measure,
+                extrapolate=self.plan.mode == "extrapolated",
+            )
+            for at, (lane, payload) in enumerate(zip(lanes, payloads, strict=True))
+            for rank in lane.ranks
+        }  # fmt: skip
+        finals = [lane.ranks[-1] for lane in lanes]
+        kind = "exact" if how.exact else "async"
+        pending = self._submit(pool, messages, payloads[0], finals, _first(x).shape, kind, tick)
+        learnt.update((number, rank) for rank in messages)
+        if how.measure:
+            pending.measured = lambda drift: self._streams.drifted(how, drift)
+        return pending
+
+    def _whole_fits(self, pool: Pool) -> bool:
+        size = self.recipe.stamp[0]
+        return all(free is None or size <= FOR_WEIGHTS * free for free in pool.free)
+
+    def _prepare(self, pool: Pool, payload: Payload, patches: Patches, tick: Tick) -> bool:
+        """Measure, cut and load what is not there yet; whether the pool was asked anything meanwhile."""
+        recipe, cut, lanes, patches_id = pool.memory["loaded"][0] if "loaded" in pool.memory else (None, None, None, "")
+        same = recipe == self.recipe and lanes == self._lanes
+        asked = False
+        wanted = cut if same else None
+        if self.components > 1 and (wanted is None or self._first_of_run):
+            traces, asked = self._measure(pool, payload, tick)
+            wanted = choose_cut(traces, self._lanes, self.plan.cut, wanted)
+        if same and wanted == cut and patches_id == patches[0]:
+            loaded = pool.memory["loaded"][1]
+        else:
+            if not same or wanted != cut:
+                self._forget_streams()
+            loaded = self._load(pool, wanted, self._lanes, patches, tick)
+            asked = True
+        assert self.report
+        self.report.loaded = loaded
+        return asked
+
+    @property
+    def _first_of_run(self) -> bool:
+        return not self.report or not self.report.calls
+
+    def _measure(self, pool: Pool, payload: Payload, tick: Tick) -> tuple[list[Traced], bool]:
+        """Unit times of every rank for these inputs, and whether they had to be measured now."""
+        known = self._traces.setdefault((self.recipe, self.devices, _layout_key(payload)), {})
+        ranks = range(len(self.devices))
+        if len(known) == len(ranks):
+            return [known[rank] for rank in ranks], False
+        units = self._units.get(self.recipe, [])
+        message = {r: Trace(recipe=self.recipe, inputs=payload, units=units, rounds=TRACE_ROUNDS) for r in ranks}
+        began = time.monotonic()
+        known.update(pool.request(message, step_timeout_s(), tick, using=payload))
+        self._units[self.recipe] = [unit.path for unit in known[0].units]
+        log.info("Leapfrog: measured %d units in %.1f s", len(known[0].units), time.monotonic() - began)
+        return [known[rank] for rank in ranks], True
+
+    def _layout(self, pool: Pool, payload: Payload, tick: Tick) -> tuple[int, Flow]:
+        """The number of these inputs' layout, and what flows between units in it."""
+        key = (self.recipe, self.devices, _layout_key(payload))
+        known = self._traces.setdefault(key, {})
+        if not known:
+            rank = self._lanes[0][0]
+            trace = Trace(recipe=self.recipe, inputs=payload, units=self._units[self.recipe])
+            known.update(pool.request({rank: trace}, step_timeout_s(), tick, using=payload))
+        layouts: dict[Hashable, int] = pool.memory.setdefault("layouts", {})
+        return layouts.setdefault(key, len(layouts)), next(iter(known.values())).flow
+
+
+def _first(x: Any) -> torch.Tensor:
+    """A latent's tensor, of several (audio and video) the first."""
+    return x if isinstance(x, torch.Tensor) else x[0]
+
+
+def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int]) -> list[Lane]:
+    """How a call's rows spread: half of its chunks to each of two lanes, a single chunk to its conditioning's lane."""
+    if len(lanes) == 1 or len(chunks) % len(lanes):
+        ranks = lanes[chunks[0] % len(lanes)] if len(chunks) == 1 else lanes[0]
+        return [Lane(ranks, (0, rows), (0, len(chunks)))]
+    each, share = len(chunks) // len(lanes), rows // len(lanes)
+    return [Lane(ranks, (share * at, share * (at + 1)), (each * at, each * (at + 1))) for at, ranks in enumerate(lanes)]
+
+
+def _with_chunks(inputs: Any, chunks: Sequence[int]) -> Any:
+    """The inputs for some of the chunks: their tensors are sliced later, this is what names the chunks."""
+    args, kwargs = inputs
+    options = kwargs.get("transformer_options")
+    if not options or "cond_or_uncond" not in options:
+        return inputs
+    return args, {**kwargs, "transformer_options": {**options, "cond_or_uncond": list(chunks)}}
 
 
 class LanesDenoiser(RemoteDenoiser):
@@ -221,18 +404,17 @@ class LanesDenoiser(RemoteDenoiser):
         Tensors in ``inputs`` whose first dimension is the number of rows are spread with them; the rest goes to all.
         """
         rows = x.shape[0]
-        pool = self._ready(tick)
+        pool = self._ready_pool(tick)
         with pool.lock:
-            loaded = self._load(pool, [], patches, tick)
+            assert self.report
+            self.report.loaded = self._load(pool, None, [[rank] for rank in range(len(self.devices))], patches, tick)
             room = _room_for_output(x)
             payload, out = pool.payload(inputs, tick, reserve=room * len(self.devices), where="denoiser input")
-            assert self.report
-            self.report.loaded = loaded
             messages = {}
             for rank, (begin, end) in enumerate(row_shares(rows, group, len(self.devices))):
                 if begin < end:
                     heads = [slice_rows(head, rows, begin, end) for head in payload.heads]
                     share = Payload(payload.arena, payload.spec, heads)
                     messages[rank] = Evaluate(inputs=share, out=out + rank * room, out_size=room)
-            parts = self._evaluate(pool, messages, x.shape, f"{rows} rows", tick)
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+            pending = self._submit(pool, messages, payload, sorted(messages), x.shape, f"{rows} rows", tick)
+        return self.result(pending, tick)

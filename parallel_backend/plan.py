@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from .errors import LeapfrogError
 from .units import find_units
 
 CPU = "cpu"
-SPLIT_MODES = ("async", "exact")
+SPLIT_MODES = ("lookahead", "asyncdiff", "extrapolated", "exact")
+STALE_MODES = ("asyncdiff", "extrapolated")
+CFG_LANES = ("auto", "on", "off")
 PREDICTORS = ("linear", "newest", "paper")
 
 
@@ -89,35 +91,71 @@ def _device(name: str, text: str, machine: Machine) -> str:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Async UNet Split: one component per device, ``warmup`` exact evaluations, then ``mode``."""
+    """Async UNet Split: lanes of components, one component per device.
+
+    ``degree`` is the number of components, 0 for what the devices and the conditionings suggest. ``warmup`` is the
+    number of exact evaluations at the start, 0 for as many as it takes until the drift is within ``bound``. ``cut``
+    names the first unit of each component but the first; empty for measured.
+    """
+
+    MODES: ClassVar = SPLIT_MODES
 
     devices: tuple[str, ...]
-    warmup: int
-    mode: str = "async"
+    degree: int = 0
+    warmup: int = 0
+    mode: str = "lookahead"
+    cfg_lanes: str = "auto"
+    bound: float = 0.02
+    time_shift: bool = False
+    cut: str = ""
 
     def __post_init__(self) -> None:
-        if self.mode not in SPLIT_MODES:
-            raise LeapfrogError.of("bad_plan", f"mode '{self.mode}' is not one of {', '.join(SPLIT_MODES)}.")
-        if self.warmup < 1:
+        for what, value, known in (("mode", self.mode, SPLIT_MODES), ("cfg_lanes", self.cfg_lanes, CFG_LANES)):
+            if value not in known:
+                raise LeapfrogError.of("bad_plan", f"{what} '{value}' is not one of {', '.join(known)}.")
+        if self.warmup < 0 or self.bound <= 0:
+            raise LeapfrogError.of("bad_plan", f"warm-up {self.warmup}, drift bound {self.bound}: both are positive.")
+        if self.cfg_lanes == "on" and len(self.devices) % 2:
             raise LeapfrogError.of(
-                "bad_plan", f"warm-up {self.warmup}: the first step has no older state to use, so at least 1."
+                "bad_plan", f"cfg_lanes 'on': two lanes need an even number of devices, not {len(self.devices)}."
             )
 
     @classmethod
-    def choose(cls, devices: str, components: int, warmup: int, mode: str) -> SplitPlan:
-        """The plan for what a user wrote on the node; ``components`` 0 means one per device."""
-        return cls(choose_devices(devices, components, this_machine()), warmup, mode)
+    def choose(cls, devices: str, components: int, cfg_lanes: str = "auto", **options: Any) -> SplitPlan:
+        """The plan for what a user wrote on the node; ``components`` 0 means as many as there are devices for.
 
-    @property
-    def components(self) -> int:
-        return len(self.devices)
+        Of the devices named, or with "auto" of those there are, two lanes of ``components`` are taken where they allow.
+        """
+        machine = this_machine()
+        if components == 0:
+            return cls(choose_devices(devices, 0, machine), 0, cfg_lanes=cfg_lanes, **options)
+        wanted = components * (2 if cfg_lanes == "on" else 1)
+        if cfg_lanes == "auto" and len(choose_devices(devices, 0, machine)) >= 2 * components:
+            wanted = 2 * components
+        return cls(choose_devices(devices, wanted, machine), components, cfg_lanes=cfg_lanes, **options)
+
+    def lanes(self, guided: bool, whole_fits: bool) -> list[list[int]]:
+        """The ranks of each lane, in the order of their components.
+
+        Two lanes where a call has two conditionings (``guided``) and the devices are even in number; one component per
+        lane only if a device holds the whole denoiser (``whole_fits``).
+        """
+        devices = len(self.devices)
+        two = self.cfg_lanes != "off" and guided and devices % 2 == 0
+        if self.cfg_lanes == "auto" and devices == 2 and not self.degree and not whole_fits:
+            two = False
+        if self.degree and devices < 2 * self.degree:
+            two = False
+        components = self.degree or (devices // 2 if two else devices)
+        return [list(range(at * components, (at + 1) * components)) for at in range(2 if two else 1)]
 
     def check(self, denoiser: Any) -> None:
         """Raises LeapfrogError: unsupported_model, or bad_plan for more components than the denoiser has units."""
         units = len(find_units(denoiser))
-        if self.components > units:
+        components = self.degree or len(self.devices)
+        if components > units:
             raise LeapfrogError.of(
-                "bad_plan", f"components {self.components}: this denoiser can be cut into {units} units at most."
+                "bad_plan", f"components {components}: this denoiser can be cut into {units} units at most."
             )
 
 

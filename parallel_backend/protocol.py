@@ -10,6 +10,7 @@ import msgspec
 
 from .errors import ErrorReport, LeapfrogError
 from .tensors import TensorHead, flatten
+from .units import Flow
 
 MAX_MESSAGE = 64 << 20
 
@@ -77,21 +78,35 @@ class Join(HostMessage):
     store_port: int = 0
 
 
-class Profile(HostMessage):
-    """Time every unit on this device for these inputs, on weights that are never read."""
+class Trace(HostMessage):
+    """Watch the recipe's denoiser run on these inputs, on weights that are never read.
 
-    recipe: Recipe | None = None
-    inputs: Payload | None = None
-
-
-class Load(HostMessage):
-    """Hold units ``first`` to ``last`` of the recipe's denoiser, or all of it where ``bounds`` is empty.
-
-    ``bounds`` are the components of all ranks. ``patches`` is the tree that nodes/recipe.py writes.
+    ``units`` are those of the cut where there is one, else they are found. Times are the best of ``rounds``.
     """
 
     recipe: Recipe | None = None
-    bounds: list[tuple[int, int]] = []
+    inputs: Payload | None = None
+    units: list[str] = []
+    rounds: int = 0
+
+
+class Cut(msgspec.Struct, frozen=True):
+    """How a denoiser is cut: its units in the order of evaluation, and the bounds (first, last) of each component."""
+
+    units: list[str]
+    bounds: list[tuple[int, int]]
+
+
+class Load(HostMessage):
+    """Hold one component of the recipe's denoiser, or all of it where there is no ``cut``.
+
+    ``peers`` are the ranks that hold the components of this lane, in order. ``patches`` is the tree that
+    nodes/recipe.py writes.
+    """
+
+    recipe: Recipe | None = None
+    cut: Cut | None = None
+    peers: list[int] = []
     patches: Payload | None = None
     patches_id: str = ""
 
@@ -99,8 +114,10 @@ class Load(HostMessage):
 class Evaluate(HostMessage):
     """One call of the denoiser. ``inputs`` is a tree (args, kwargs); the result goes to byte ``out`` of the same arena.
 
-    For a split: ``run`` and ``stream`` name the stale state to use, ``shape`` the layout of the inputs (equal numbers,
-    equal shapes), ``exact`` asks for a synchronous pipeline.
+    For a component: ``layout`` numbers the layout of the inputs, with its ``flow`` when it is new. ``run`` and
+    ``stream`` name the stale state to use; ``exact`` asks for a synchronous pipeline, otherwise what the earlier
+    components made of this stream's previous evaluation is used, ``extrapolate`` continued by one step. ``measure``
+    asks how far that would have been from what was then used.
     """
 
     inputs: Payload | None = None
@@ -108,8 +125,11 @@ class Evaluate(HostMessage):
     out_size: int = 0
     run: int = 0
     stream: int = 0
-    shape: int = 0
+    layout: int = 0
+    flow: Flow | None = None
     exact: bool = True
+    extrapolate: bool = False
+    measure: bool = False
 
 
 class Echo(HostMessage):
@@ -141,14 +161,33 @@ class Hello(RankMessage):
 
 
 class Ready(RankMessage):
-    """The process group stands."""
+    """The process group stands. ``free`` are the bytes that the device can give, None where nobody counts."""
+
+    free: int | None = None
 
 
-class Profiled(RankMessage):
-    """Seconds of one evaluation of each unit, in the order of evaluation, and the units' names."""
+class UnitTrace(msgspec.Struct, frozen=True):
+    """A unit's path, the seconds of one evaluation, the bytes of its weights."""
 
-    seconds: list[float] = []
-    names: list[str] = []
+    path: str
+    seconds: float
+    nbytes: int
+
+
+class Traced(RankMessage):
+    """The units in the order of evaluation and the flow between them.
+
+    ``stem`` and ``head`` are the seconds before the first unit and after the last one; ``shared`` the bytes of the
+    weights outside the units; ``free`` the bytes of memory that the device can give, None where nobody counts.
+    """
+
+    units: list[UnitTrace] = []
+    flow: Flow = Flow([], [], [])
+    stem: float = 0.0
+    head: float = 0.0
+    shared: int = 0
+    free: int | None = None
+    device: str = ""
 
 
 class Loaded(RankMessage):
@@ -164,7 +203,8 @@ class Done(RankMessage):
     """An evaluation ended. ``output`` is a payload on the rank that has the result, else None.
 
     ``begin`` and ``end`` are perf_counter seconds (one clock for all processes of a machine), ``waited`` the seconds in
-    between spent waiting for other ranks, ``sent`` the bytes sent to other ranks.
+    between spent waiting for other ranks, ``sent`` the bytes sent to other ranks, ``drift`` the relative distance of
+    what the previous evaluation would have offered from what was used, where that was asked for.
     """
 
     output: Payload | None = None
@@ -172,6 +212,7 @@ class Done(RankMessage):
     end: float = 0.0
     waited: float = 0.0
     sent: int = 0
+    drift: float = 0.0
 
 
 class Failed(RankMessage):
@@ -182,5 +223,5 @@ class Ok(RankMessage):
     """Plain acknowledgement."""
 
 
-FromHost = Join | Profile | Load | Evaluate | Echo | Unload | Stop
-FromRank = Hello | Ready | Profiled | Loaded | Done | Failed | Ok
+FromHost = Join | Trace | Load | Evaluate | Echo | Unload | Stop
+FromRank = Hello | Ready | Traced | Loaded | Done | Failed | Ok

@@ -29,26 +29,41 @@ class Span:
 
 @dataclass
 class RunReport:
-    """Collected by the host while a run goes on. ``round_trips`` are seconds per denoiser call, seen from the host."""
+    """Collected by the host while a run goes on.
+
+    ``calls`` are the denoiser calls in the order in which they were sent, with their kinds, and ``seconds`` the time
+    from sending each to having its result; calls may overlap. ``notes`` are shown as they are.
+    """
 
     title: str
     devices: Sequence[str]
     loaded: Sequence[Loaded] = ()
     spans: list[Span] = field(default_factory=list)
-    round_trips: list[float] = field(default_factory=list)
+    calls: dict[int, str] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
+    ended_at: float = 0.0
 
-    def add(self, call: int, kind: str, seconds: float, done: dict[int, Done]) -> None:
-        self.round_trips.append(seconds)
-        for rank, reply in done.items():
-            self.spans.append(Span(rank, call, kind, reply.begin, reply.end, reply.waited, reply.sent))
+    def sent(self, call: int, kind: str) -> None:
+        if not self.calls:
+            self.began = time.perf_counter()
+        self.calls[call] = kind
+
+    def replied(self, call: int, rank: int, reply: Done) -> None:
+        span = Span(rank, call, self.calls.get(call, ""), reply.begin, reply.end, reply.waited, reply.sent)
+        self.spans.append(span)
+
+    def ended(self, call: int, seconds: float) -> None:
+        self.seconds[call] = seconds
+        self.ended_at = time.perf_counter()
 
     def lines(self) -> list[str]:
         """What the log shows at the end of a run."""
-        calls = len(self.round_trips)
-        kinds = {span.call: span.kind for span in self.spans}.values()
-        counts = ", ".join(f"{list(kinds).count(k)} {k}" for k in dict.fromkeys(kinds))
-        wall = sum(self.round_trips)
+        calls = len(self.calls)
+        kinds = list(self.calls.values())
+        counts = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
+        wall = max(self.ended_at - self.began, 1e-9)
         lines = [f"{self.title}: {calls} denoiser calls ({counts}) in {wall:.2f} s on {len(self.devices)} ranks"]
         for rank, device in enumerate(self.devices):
             own = [s for s in self.spans if s.rank == rank]
@@ -60,7 +75,7 @@ class RunReport:
                 f"  rank {rank} on {device}{span}: {held.nbytes / 1e6:.1f} MB of weights, busy {busy / wall:.0%}, "
                 f"{sent / 1e3:.0f} kB sent per call"
             )
-        return lines
+        return lines + [f"  {note}" for note in self.notes]
 
     def save_trace(self) -> Path | None:
         """Write the run as Chrome trace JSON into the folder named by LEAPFROG_TRACE_DIR; None where it is not set."""
@@ -81,6 +96,6 @@ class RunReport:
         weights = [{"rank": r, "bytes": held.nbytes, "units": held.units} for r, held in enumerate(self.loaded)]
         path = Path(folder) / f"run-{os.getpid()}-{time.time_ns()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        other = {"title": self.title, "ranks": weights, "round_trip_s": self.round_trips}
+        other = {"title": self.title, "ranks": weights, "call_s": list(self.seconds.values())}
         path.write_text(json.dumps({"traceEvents": events, "otherData": other}))
         return path

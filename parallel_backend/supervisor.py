@@ -12,8 +12,8 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import wait as wait_for_any
 from typing import Any
 
@@ -24,7 +24,7 @@ from .errors import ErrorReport, LeapfrogError
 from .launcher import RankProcess
 from .plan import CPU, this_machine
 from .protocol import Failed, FromRank, Hello, HostMessage, Join, LaunchSpec, Payload, RankMessage, Ready, Stop
-from .tensors import Arena, flatten, place
+from .tensors import Arena, flatten, place, unflatten
 
 log = logging.getLogger("leapfrog")
 START_TIMEOUT_S = 180.0
@@ -32,6 +32,7 @@ POLL_S = 0.02
 END_GRACE_S = 2.0
 SPARE = 1.25
 UNUSED_S = 60.0
+MAX_ARENAS = 12
 
 Tick = Callable[[], None]
 
@@ -64,92 +65,159 @@ def _backend(devices: Sequence[str]) -> str:
     return "gloo"
 
 
+@dataclass(eq=False)
+class Call:
+    """Messages that went to some ranks. ``replies`` fill up, each handed to ``on_reply`` as it comes in."""
+
+    number: int
+    ranks: frozenset[int]
+    arena: str = ""
+    on_reply: Callable[[int, int, Any], None] | None = None
+    replies: dict[int, Any] = field(default_factory=dict)
+    wanted: bool = True
+
+    @property
+    def complete(self) -> bool:
+        return len(self.replies) == len(self.ranks)
+
+
 class Pool:
     """All ranks, ready. Not for several threads at once: callers hold :attr:`lock` for a whole request.
 
+    Each rank works through its messages in the order in which they were sent, so several calls can be under way.
     ``memory`` is a place for callers to keep what they know about this pool's ranks (what is loaded, say). ``users``
-    are the objects that may come back for it; see :func:`acquire`.
+    are the objects that may come back for it; see :func:`acquire`. ``free`` are the bytes that each device had free
+    at the start, None where nobody counts.
     """
 
-    def __init__(self, devices: Sequence[str], processes: list[RankProcess], channels: list[Channel[FromRank]]):
+    def __init__(
+        self, devices: Sequence[str], processes: list[RankProcess], channels: list[Channel[FromRank]],
+        free: Sequence[int | None] = (),
+    ):  # fmt: skip
         self.devices = tuple(devices)
+        self.free = list(free)
         self.lock = threading.RLock()
         self.memory: dict[str, Any] = {}
         self.users: weakref.WeakSet[object] = weakref.WeakSet()
         self.alive = True
         self._processes = processes
         self._channels = channels
-        self._call = 0
-        self._owed: dict[int, int] = {}
-        self._arena: Arena | None = None
+        self._calls: dict[int, Call] = {}
+        self._number = 0
+        self._arenas: dict[str, Arena] = {}
 
     @property
     def pids(self) -> list[int]:
         return [p.pid for p in self._processes]
 
     def payload(self, tree: Any, tick: Tick, reserve: int = 0, where: str = "value") -> tuple[Payload, int]:
-        """Write a tree into the arena; returns it with the offset of ``reserve`` free bytes after it.
+        """Write a tree into an arena that no call uses; returns it with the offset of ``reserve`` free bytes after it.
 
         Raises LeapfrogError unsupported_patch, with the place in the tree, for a value that cannot travel.
-        Waits first for ranks that still work on a request that was given up: they may be reading the arena.
         """
-        self._collect(dict(self._owed), time.monotonic() + step_timeout_s(), tick)
         try:
             spec, tensors = flatten(tree, where)
             heads, end = place(tensors)
         except TypeError as error:
             raise LeapfrogError.of("unsupported_patch", f"{error}.") from None
-        size = end + reserve
-        if self._arena is None or self._arena.size < size:
-            if self._arena:
-                self._arena.close()
-            self._arena = Arena.create(int(size * SPARE))
-        self._arena.write(tensors, heads)
-        return Payload(self._arena.name, spec, heads), end
+        arena = self._free_arena(end + reserve, tick)
+        arena.write(tensors, heads)
+        return Payload(arena.name, spec, heads), end
 
-    def read(self, payload: Payload) -> list[Any]:
-        """Copies of a payload's tensors."""
-        assert self._arena and payload.arena == self._arena.name
-        return [self._arena.view(head).clone() for head in payload.heads]
+    def _free_arena(self, size: int, tick: Tick) -> Arena:
+        deadline = time.monotonic() + step_timeout_s()
+        while True:
+            used = {call.arena for call in self._calls.values()}
+            free = [arena for name, arena in self._arenas.items() if name not in used]
+            large = [arena for arena in free if arena.size >= size]
+            if large:
+                return large[0]
+            if free:
+                self._arenas.pop(free[0].name).close()
+            if len(self._arenas) < MAX_ARENAS:
+                arena = Arena.create(int(size * SPARE))
+                self._arenas[arena.name] = arena
+                return arena
+            self._pump(self._calls.values(), deadline, tick)
 
-    def request(self, messages: Mapping[int, HostMessage], timeout_s: float, tick: Tick) -> dict[int, Any]:
-        """Send one message per rank and wait for all replies.
+    def read(self, payload: Payload) -> Any:
+        """A copy of a payload's tree."""
+        arena = self._arenas[payload.arena]
+        return unflatten(payload.spec, [arena.view(head).clone() for head in payload.heads])
 
-        ``tick`` is called before sending and every 20 ms while waiting, and may raise to give up; the replies still
-        owed are then awaited before the next request. Raises LeapfrogError (rank_died, rank_timeout, what a rank
-        reported); the pool is then closed.
+    def submit(
+        self,
+        messages: Mapping[int, HostMessage],
+        tick: Tick,
+        using: Payload | None = None,
+        on_reply: Callable[[int, int, Any], None] | None = None,
+    ) -> Call:
+        """Send one message per rank and return at once. The arena of ``using`` stays untouched until the call is
+        complete and :meth:`done`. ``tick`` is called first and may raise to give up."""
+        tick()
+        self._number += 1
+        call = Call(self._number, frozenset(messages), using.arena if using else "", on_reply)
+        self._calls[call.number] = call
+        for rank, message in messages.items():
+            message.call = call.number
+            try:
+                self._channels[rank].send(message)
+            except OSError:
+                self._receive(rank)  # raises with the reason
+        return call
+
+    def done(self, call: Call) -> None:
+        """Nobody will look at this call again."""
+        call.wanted = False
+        if call.complete:
+            self._calls.pop(call.number, None)
+
+    def wait(self, calls: Sequence[Call], ranks: Sequence[int], timeout_s: float, tick: Tick) -> Call:
+        """Wait until one of the calls has the replies of those of ``ranks`` that it asked; returns the first such.
+
+        ``tick`` is called every 20 ms and may raise to give up. Raises LeapfrogError (rank_died, rank_timeout, what
+        a rank reported); the pool is then closed.
         """
         deadline = time.monotonic() + timeout_s
-        tick()
-        self._collect(dict(self._owed), deadline, tick)
-        self._call += 1
-        try:
-            for rank, message in messages.items():
-                message.call = self._call
-                self._owed[rank] = self._call
-                self._channels[rank].send(message)
-        except OSError:
-            self._collect(dict(self._owed), time.monotonic() + END_GRACE_S, tick)
-        return self._collect(dict.fromkeys(messages, self._call), deadline, tick)
+        while True:
+            for call in calls:
+                if all(rank in call.replies for rank in ranks if rank in call.ranks):
+                    return call
+            self._pump(calls, deadline, tick)
 
-    def _collect(self, calls: dict[int, int], deadline: float, tick: Tick) -> dict[int, Any]:
-        replies: dict[int, Any] = {}
-        connections = {id(self._channels[rank].connection): rank for rank in calls}
-        while len(replies) < len(calls):
-            waiting = [self._channels[rank].connection for rank in calls if rank not in replies]
-            arrived = wait_for_any(waiting, timeout=min(POLL_S, max(0.0, deadline - time.monotonic())))
-            for connection in arrived:
-                rank = connections[id(connection)]
-                reply = self._receive(rank)
-                if reply.call == calls[rank]:
-                    replies[rank] = reply
-                    self._owed.pop(rank, None)
-            if not arrived:
-                if time.monotonic() > deadline:
-                    rank = min(set(calls) - set(replies))
-                    raise self._broken(ErrorReport("rank_timeout", "A rank did not answer in time.", rank))
-                tick()
-        return replies
+    def request(
+        self, messages: Mapping[int, HostMessage], timeout_s: float, tick: Tick, using: Payload | None = None
+    ) -> dict[int, Any]:
+        """Send one message per rank and wait for all replies; errors as in :meth:`wait`."""
+        call = self.submit(messages, tick, using)
+        try:
+            self.wait([call], list(messages), timeout_s, tick)
+        finally:
+            self.done(call)
+        return call.replies
+
+    def _pump(self, calls: Iterable[Call], deadline: float, tick: Tick) -> None:
+        """Take in what has arrived; the wait is short. Past the deadline the ranks that owe to ``calls`` are blamed."""
+        owing = {rank for call in self._calls.values() for rank in call.ranks - call.replies.keys()}
+        connections = {id(self._channels[rank].connection): rank for rank in owing}
+        waiting = [self._channels[rank].connection for rank in owing]
+        arrived = wait_for_any(waiting, timeout=min(POLL_S, max(0.0, deadline - time.monotonic())))
+        for connection in arrived:
+            rank = connections[id(connection)]
+            reply = self._receive(rank)
+            call = self._calls.get(reply.call)
+            if call is None:
+                continue
+            call.replies[rank] = reply
+            if call.on_reply:
+                call.on_reply(call.number, rank, reply)
+            if call.complete and not call.wanted:
+                del self._calls[call.number]
+        if not arrived:
+            if time.monotonic() > deadline:
+                late = {rank for call in calls for rank in call.ranks - call.replies.keys()}
+                raise self._broken(ErrorReport("rank_timeout", "A rank did not answer in time.", min(late or owing)))
+            tick()
 
     def _receive(self, rank: int) -> RankMessage:
         try:
@@ -203,9 +271,10 @@ class Pool:
                 pass
             channel.close()
         _end_all(self._processes)
-        if self._arena:
-            self._arena.close()
-            self._arena = None
+        for arena in self._arenas.values():
+            arena.close()
+        self._arenas.clear()
+        self._calls.clear()
 
 
 def _end_all(processes: Sequence[RankProcess]) -> None:
@@ -247,15 +316,15 @@ def start_pool(devices: Sequence[str], host: ComfyHost, tick: Tick) -> Pool:
             hello = {r: _await(Hello, channels[r], processes, deadline, tick) for r in channels}
             for channel in channels.values():
                 channel.send(Join(store_port=hello[0].store_port))
-            for rank in channels:
-                _await(Ready, channels[rank], processes, deadline, tick)
+            ready = {r: _await(Ready, channels[r], processes, deadline, tick) for r in channels}
         except BaseException:
             for channel in channels.values():
                 channel.close()
             _end_all(processes)
             raise
     log.info("Leapfrog: %d ranks ready (%s) after %.1f s", len(devices), backend, time.monotonic() - began)
-    return Pool(devices, processes, [channels[r] for r in range(len(devices))])
+    ranks = range(len(devices))
+    return Pool(devices, processes, [channels[r] for r in ranks], [ready[r].free for r in ranks])
 
 
 def _check_start(processes: Sequence[RankProcess], deadline: float, tick: Tick) -> None:

@@ -1,82 +1,94 @@
 """Units: the smallest blocks of a denoiser that one rank can own, found on the model itself. Knows no ComfyUI import.
 
-A unit list is data: which attributes hold the blocks, in the order in which the forward runs them. U-Nets add skip
-tensors, each made by one unit and consumed by another.
+Candidates are the entries of the outermost ModuleLists and ModuleDicts that hold a good part of the weights. In which
+order they run, which earlier units each of them reads and what it returns is observed, not listed: see
+``worker/models/trace.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from .errors import LeapfrogError
 
+# Of a denoiser's weights, what a list must hold to be worth cutting.
+WORTH_CUTTING = 0.01
+LISTS = ("ModuleList", "ModuleDict")
+# A Stable Diffusion U-Net keeps its middle block outside the lists.
+BLOCKS = ("TimestepEmbedSequential",)
 
-@dataclass(frozen=True)
-class Unit:
-    """``path`` is the attribute path in the denoiser, ``parameters`` the prefix of its weights' names.
 
-    ``consumer`` is the index of the unit that consumes this unit's output besides the next one, None without a skip.
+class Output(msgspec.Struct, frozen=True):
+    """What a unit returns: a tree spec (``tensors.py``), and the dtype and shape of each of its tensors."""
+
+    spec: Any
+    tensors: list[tuple[str, tuple[int, ...]]]
+
+
+class Flow(msgspec.Struct, frozen=True):
+    """How values go from unit to unit for one layout of the inputs.
+
+    ``reads[u]`` are the earlier units whose outputs unit ``u`` reads, ``head`` those that the part after the last unit
+    reads. ``outputs[u]`` is None for a unit that does not run in this layout.
     """
 
-    path: str
-    consumer: int | None = None
+    reads: list[list[int]]
+    head: list[int]
+    outputs: list[Output | None]
 
 
-@dataclass(frozen=True)
-class Family:
-    lists: tuple[str, ...]
-    skips: bool = False
+def find_units(denoiser: Any) -> list[str]:
+    """Attribute paths of the units, in the order of definition.
+
+    Raises LeapfrogError unsupported_model for a denoiser without a list of blocks.
+    """
+    worth = WORTH_CUTTING * _size(denoiser)
+    paths = list(_walk(denoiser, "", worth))
+    if len(paths) < 2:
+        raise LeapfrogError.of(
+            "unsupported_model", f"Async UNet Split cannot cut a {type(denoiser).__name__}: it has no list of blocks."
+        )
+    return paths
 
 
-FAMILIES = {
-    "comfy.ldm.modules.diffusionmodules.openaimodel.UNetModel": Family(
-        ("input_blocks", "middle_block", "output_blocks"), skips=True
-    ),
-    "comfy.ldm.flux.model.Flux": Family(("double_blocks", "single_blocks")),
-}
-
-
-def family_of(denoiser: Any) -> Family:
-    """Raises LeapfrogError unsupported_model for a class that has no entry."""
-    for cls in type(denoiser).__mro__:
-        family = FAMILIES.get(f"{cls.__module__}.{cls.__qualname__}")
-        if family:
-            return family
-    raise LeapfrogError.of(
-        "unsupported_model",
-        f"Async UNet Split cannot cut a {type(denoiser).__name__} yet; it knows Stable Diffusion U-Nets and Flux.",
-    )
-
-
-def find_units(denoiser: Any) -> list[Unit]:
-    """The units of a denoiser in the order of evaluation."""
-    family = family_of(denoiser)
-    paths: list[str] = []
-    for name in family.lists:
-        blocks = getattr(denoiser, name)
-        if name == "middle_block":
-            paths += [name] if blocks is not None else []
+def _walk(module: Any, prefix: str, worth: float):
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        kind = type(child).__name__
+        if kind in BLOCKS:
+            yield path
+        elif kind in LISTS:
+            if _size(child) >= worth:
+                yield from (f"{path}.{entry}" for entry, _ in child.named_children())
         else:
-            paths += [f"{name}.{i}" for i in range(len(blocks))]
-    skip_to: dict[int, int] = {}
-    if family.skips:
-        # the forward pops the newest skip first, so the last input block feeds the first output block
-        made = len(denoiser.input_blocks)
-        skip_to = {i: len(paths) - 1 - i for i in range(made)}
-    return [Unit(path, skip_to.get(i)) for i, path in enumerate(paths)]
+            yield from _walk(child, f"{path}.", worth)
 
 
-def needed_by(units: Sequence[Unit], bounds: Sequence[tuple[int, int]], rank: int) -> list[int]:
-    """Units of earlier ranks whose outputs ``rank`` needs: the running state and the skips that it consumes."""
-    first, last = bounds[rank]
-    consumed = {
-        i for i, unit in enumerate(units[:first]) if unit.consumer is not None and first <= unit.consumer <= last
-    }
-    return sorted(consumed | {first - 1} if first else consumed)
+def _size(module: Any) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def needed_by(flow: Flow, bounds: Sequence[tuple[int, int]], position: int) -> list[int]:
+    """Units of earlier components whose outputs the component at ``position`` reads."""
+    first, last = bounds[position]
+    read = {u for unit in range(first, last + 1) for u in flow.reads[unit]}
+    if position == len(bounds) - 1:
+        read.update(flow.head)
+    return sorted(u for u in read if u < first)
 
 
 def owner_of(bounds: Sequence[tuple[int, int]], unit: int) -> int:
-    """The rank whose component holds ``unit``."""
-    return next(rank for rank, (first, last) in enumerate(bounds) if first <= unit <= last)
+    """The position of the component that holds ``unit``."""
+    return next(position for position, (first, last) in enumerate(bounds) if first <= unit <= last)
+
+
+def crossing_bytes(flow: Flow, bounds: Sequence[tuple[int, int]], nbytes: Sequence[int]) -> list[int]:
+    """Bytes that each component sends per evaluation; ``nbytes[u]`` is the size of unit ``u``'s output."""
+    sent = [0] * len(bounds)
+    for position in range(len(bounds)):
+        for unit in needed_by(flow, bounds, position):
+            sent[owner_of(bounds, unit)] += nbytes[unit]
+    return sent

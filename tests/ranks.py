@@ -39,9 +39,12 @@ def reference(request: Request, sampler: str = "euler") -> torch.Tensor:
     return generate(load(request.family), request, sampler)
 
 
-def split(model: Any, ranks: int = 2, mode: str = "async", warmup: int = 2) -> Any:
-    """The MODEL that Async UNet Split gives."""
-    return AsyncUNetSplit.execute(model, ",".join(["cpu"] * ranks), 0, warmup, 1, mode).args[0]
+def split(model: Any, ranks: int = 2, mode: str = "asyncdiff", warmup: int = 2, **options: Any) -> Any:
+    """The MODEL that Async UNet Split gives; one component per rank if ``options`` do not say otherwise."""
+    options = {"components": ranks, **options}
+    return AsyncUNetSplit.execute(
+        model, ",".join(["cpu"] * ranks), warmup_steps=warmup, stride=1, mode=mode, **options
+    ).args[0]
 
 
 def parastep(lanes: int, ranks: int = 2, warmup: int = 2, base: str = "euler", predictor: str = "linear") -> Any:

@@ -8,19 +8,19 @@ rank and are never stale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import torch
 
-from ..tensors import DTYPES
-from ..units import Unit, needed_by, owner_of
+from ..tensors import DTYPES, flatten, unflatten
+from ..units import Flow, Output, needed_by, owner_of
 from .links import Incoming, Links
 
-# What a unit returns, flattened: whether it was a bare tensor, and the shape and dtype of each tensor.
-Signature = tuple[bool, list[tuple[tuple[int, ...], str]]]
+Outputs = dict[int, list[torch.Tensor]]
+"""The tensors of units' outputs, by unit."""
 
 
 class ComponentDone(BaseException):
@@ -29,82 +29,143 @@ class ComponentDone(BaseException):
 
 @dataclass
 class StreamState:
-    """The newest outputs of earlier ranks for one stream, and those on their way, by source rank."""
+    """What earlier ranks sent for one stream: the newest, the one before it, and what is on its way, by position."""
 
     latest: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    before: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     coming: dict[int, Incoming] = field(default_factory=dict)
 
 
+class Layout:
+    """What this rank receives and sends for one layout of the inputs; units by position of the component."""
+
+    def __init__(self, flow: Flow, bounds: Sequence[tuple[int, int]], position: int):
+        self.outputs = flow.outputs
+        self.receives: dict[int, list[int]] = {}
+        for unit in needed_by(flow, bounds, position):
+            self.receives.setdefault(owner_of(bounds, unit), []).append(unit)
+        first, last = bounds[position]
+        self.sends: dict[int, list[int]] = {}
+        for other in range(position + 1, len(bounds)):
+            wanted = [u for u in needed_by(flow, bounds, other) if first <= u <= last]
+            if wanted:
+                self.sends[other] = wanted
+        own = [u for u in range(first, last + 1) if flow.outputs[u] is not None]
+        self.last = own[-1] if own else None
+        self.first = own[0] if own else None
+
+
 class Component:
-    """Units ``bounds[rank]`` of a denoiser. ``forward`` is the denoiser's, units tapped and absences answered."""
+    """Units ``bounds[position]`` of a denoiser. ``forward`` is the denoiser's, units tapped and absences answered.
+
+    ``before_own_units`` is a context in which meta tensors may meet real ones. ``peers`` are the ranks of this lane.
+    """
 
     def __init__(
-        self, forward: Callable[..., Any], units: Sequence[Unit], bounds: Sequence[tuple[int, int]], links: Links
+        self,
+        forward: Callable[..., Any],
+        bounds: Sequence[tuple[int, int]],
+        peers: Sequence[int],
+        links: Links,
+        before_own_units: Callable[[], contextlib.AbstractContextManager[Any]],
     ):
         self._forward = forward
         self._bounds = list(bounds)
+        self._peers = list(peers)
         self._links = links
-        self._first, self._last = bounds[links.rank]
-        self._final = links.rank == len(bounds) - 1
-        mine = needed_by(units, bounds, links.rank)
-        self._from: dict[int, list[int]] = {}
-        for unit in mine:
-            self._from.setdefault(owner_of(bounds, unit), []).append(unit)
-        self._to: dict[int, list[int]] = {}
-        for other in range(links.rank + 1, len(bounds)):
-            wanted = [u for u in needed_by(units, bounds, other) if self._first <= u <= self._last]
-            if wanted:
-                self._to[other] = wanted
-        self._signatures: dict[int, list[Signature]] = {}
+        self._position = self._peers.index(links.rank)
+        self._final = self._position == len(bounds) - 1
+        self._before_own_units = before_own_units
+        self._layouts: dict[int, Layout] = {}
         self._streams: dict[int, StreamState] = {}
         self._run = 0
-        self._answers: list[Any] = []
-        self._outputs: dict[int, Any] = {}
+        self._layout: Layout | None = None
+        self._answers: dict[int, Any] = {}
+        self._made: dict[int, Any] = {}
+        self._prefix = contextlib.ExitStack()
 
     def answer(self, unit: int) -> Any:
         """What the stand-in of an absent unit returns."""
+        if unit not in self._answers:
+            assert self._layout
+            output = self._layout.outputs[unit]
+            assert output is not None, "a unit that does not run was called"
+            self._answers[unit] = _tree(output, [_meta(*tensor) for tensor in output.tensors])
         return self._answers[unit]
+
+    def starting(self) -> None:
+        """Called before an own unit computes."""
+        self._prefix.close()
 
     def produced(self, unit: int, output: Any) -> None:
         """Called with every output of an own unit."""
-        # a copy where it leaves this rank: the forward may add to a skip tensor in place (ControlNet) later on
-        leaves = any(unit in wanted for wanted in self._to.values()) and unit != self._last
-        self._outputs[unit] = _map(output, torch.clone) if leaves else output
-        if unit == self._last and not self._final:
+        assert self._layout
+        leaves = unit != self._layout.last
+        if any(unit in wanted for wanted in self._layout.sends.values()):
+            # a copy where the forward goes on: it may add to the output in place (ControlNet, VACE) before it is sent
+            tensors = flatten(output)[1]
+            self._made[unit] = [t.clone() for t in tensors] if leaves else tensors
+        if unit == self._layout.last and not self._final:
             raise ComponentDone
 
-    def evaluate(self, args: Any, kwargs: Any, run: int, stream: int, shape: int, exact: bool) -> Any:
-        """One evaluation. Returns the denoiser's output on the last rank, None on the others.
+    def learn(self, number: int, flow: Flow) -> None:
+        """What travels for the layout of inputs that bears this number."""
+        self._layouts[number] = Layout(flow, self._bounds, self._position)
 
-        ``shape`` numbers the layout of the inputs; the first evaluation with a new one must be exact.
+    def evaluate(
+        self, args: Any, kwargs: Any, layout: int, run: int, stream: int, exact: bool, extrapolate: bool, measure: bool
+    ) -> tuple[Any, float]:
+        """One evaluation: the denoiser's output on the last rank, None on the others; and the drift (see Evaluate).
+
+        No state is kept for a negative ``stream``.
         """
         if run != self._run:
             self._forget()
             self._run = run
-        state = self._streams.setdefault(stream, StreamState())
-        for source, incoming in state.coming.items():
-            state.latest[source] = self._links.wait(incoming)
+        self._layout = now = self._layouts[layout]
+        state = self._streams.setdefault(stream, StreamState()) if stream >= 0 else StreamState()
+        for position, incoming in state.coming.items():
+            self._arrived(state, position, self._links.wait(incoming))
         state.coming.clear()
-        first_time = shape not in self._signatures
-        if first_time:
-            self._learn(shape)
-        coming = {s: self._links.receive(s, self._expected(shape, units)) for s, units in self._from.items()}
+        coming = {
+            position: self._links.receive(self._peers[position], [_meta(*t) for u in units for t in _described(now, u)])
+            for position, units in now.receives.items()
+        }
+        drift = 0.0
         if exact:
-            state.latest = {source: self._links.wait(incoming) for source, incoming in coming.items()}
+            for position, incoming in coming.items():
+                self._arrived(state, position, self._links.wait(incoming))
+            if measure:
+                drift = max((_drift(state.latest[p], state.before.get(p)) for p in coming), default=0.0)
+                used = {p: [t.clone() for t in state.latest[p]] for p in coming}  # the forward may change them in place
+            else:
+                used = state.latest
         else:
             state.coming = coming
-        self._answers = self._answers_for(shape, state.latest)
-        self._outputs = {}
-        try:
-            result = self._forward(*args, **kwargs)
-        except ComponentDone:
-            result = None
-        if first_time:
-            self._teach(shape)
-        for other, wanted in self._to.items():
-            self._links.send(other, [t for unit in wanted for t in _tensors(self._outputs[unit])])
-        self._answers, self._outputs = [], {}
-        return result
+            used = _continued(state) if extrapolate else state.latest
+        self._answers = _answers(now, used)
+        result = None
+        if now.first is not None or self._final:
+            try:
+                if self._position:
+                    self._prefix.enter_context(self._before_own_units())
+                result = self._forward(*args, **kwargs)
+            except ComponentDone:
+                pass
+            finally:
+                self._prefix.close()
+        for other, wanted in now.sends.items():
+            self._links.send(self._peers[other], [t for unit in wanted for t in self._made[unit]])
+        self._answers, self._made = {}, {}
+        if not extrapolate and not measure:
+            state.before.clear()
+        return result, drift
+
+    @staticmethod
+    def _arrived(state: StreamState, position: int, tensors: list[torch.Tensor]) -> None:
+        if position in state.latest:
+            state.before[position] = state.latest[position]
+        state.latest[position] = tensors
 
     def _forget(self) -> None:
         """Drop stale state. What is still on its way was sent for sure, so it is awaited, not cancelled."""
@@ -113,48 +174,46 @@ class Component:
                 self._links.wait(incoming)
         self._streams.clear()
 
-    def _learn(self, shape: int) -> None:
-        known: list[Signature] = []
-        for rank in range(self._links.rank):
-            known += msgspec.msgpack.decode(self._links.ask(f"shape/{shape}", rank), type=list[Signature])
-        self._signatures[shape] = known
 
-    def _teach(self, shape: int) -> None:
-        own = [_signature(self._outputs[u]) for u in range(self._first, self._last + 1)]
-        self._links.tell(f"shape/{shape}", msgspec.msgpack.encode(own))
-
-    def _expected(self, shape: int, units: Sequence[int]) -> list[torch.Tensor]:
-        return [t for u in units for t in _empty(self._signatures[shape][u])]
-
-    def _answers_for(self, shape: int, latest: dict[int, list[torch.Tensor]]) -> list[Any]:
-        signatures = self._signatures[shape]
-        answers: list[Any] = [_pack(s, _empty(s)) for s in signatures]
-        for source, units in self._from.items():
-            tensors = iter(latest[source])
-            for unit in units:
-                answers[unit] = _pack(signatures[unit], [next(tensors) for _ in signatures[unit][1]])
-        return answers
+def _described(layout: Layout, unit: int) -> list[tuple[str, tuple[int, ...]]]:
+    output = layout.outputs[unit]
+    assert output is not None
+    return output.tensors
 
 
-def _tensors(output: Any) -> list[torch.Tensor]:
-    return [output] if isinstance(output, torch.Tensor) else list(output)
+def _meta(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.empty(shape, dtype=DTYPES[dtype], device="meta")
 
 
-def _map(output: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    return function(output) if isinstance(output, torch.Tensor) else tuple(function(t) for t in output)
+def _tree(output: Output, tensors: list[torch.Tensor]) -> Any:
+    return unflatten(output.spec, tensors)
 
 
-_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+def _answers(layout: Layout, arrived: Mapping[int, list[torch.Tensor]]) -> Outputs:
+    answers: dict[int, Any] = {}
+    for position, units in layout.receives.items():
+        tensors = iter(arrived[position])
+        for unit in units:
+            output = layout.outputs[unit]
+            assert output is not None
+            answers[unit] = _tree(output, [next(tensors) for _ in output.tensors])
+    return answers
 
 
-def _signature(output: Any) -> Signature:
-    bare = isinstance(output, torch.Tensor)
-    return bare, [(tuple(t.shape), _DTYPE_NAMES[t.dtype]) for t in _tensors(output)]
+def _continued(state: StreamState) -> dict[int, list[torch.Tensor]]:
+    """Stale states one step on: linear in the number of the evaluation, where two are known."""
+    return {
+        position: [
+            2 * new - old if new.is_floating_point() else new
+            for new, old in zip(latest, state.before.get(position, latest), strict=True)
+        ]
+        for position, latest in state.latest.items()
+    }
 
 
-def _empty(signature: Signature) -> list[torch.Tensor]:
-    return [torch.empty(shape, dtype=DTYPES[name], device="meta") for shape, name in signature[1]]
-
-
-def _pack(signature: Signature, tensors: list[torch.Tensor]) -> Any:
-    return tensors[0] if signature[0] else tuple(tensors)
+def _drift(new: list[torch.Tensor], old: list[torch.Tensor] | None) -> float:
+    """Relative distance of the old states from the new ones, the largest of all tensors; 1 where there are none."""
+    if old is None:
+        return 1.0
+    pairs = [(a.float(), b.float()) for a, b in zip(new, old, strict=True) if a.is_floating_point()]
+    return max((float((a - b).norm() / a.norm().clamp_min(1e-12)) for a, b in pairs), default=0.0)

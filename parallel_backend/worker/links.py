@@ -48,23 +48,11 @@ class Links:
         self.device = device
         self.sent = 0
         self.waited = 0.0
-        self._store = store
         self._staging = torch.device("cpu") if backend == "gloo" else device
         self._sending: list[tuple[dist.Work, torch.Tensor]] = []
         timeout = timedelta(seconds=timeout_s)
         bound = device if backend == "nccl" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
-
-    def tell(self, key: str, value: bytes) -> None:
-        """Make a small value known to all ranks."""
-        self._store.set(f"{key}/{self.rank}", value)  # pyright: ignore[reportArgumentType]
-
-    def ask(self, key: str, rank: int) -> bytes:
-        """What ``rank`` told under ``key``; waits for it."""
-        began = time.perf_counter()
-        value = self._store.get(f"{key}/{rank}")
-        self.waited += time.perf_counter() - began
-        return value
 
     def send(self, to: int, tensors: Sequence[torch.Tensor]) -> None:
         """Copy the tensors into one message and send it; returns before it has arrived."""

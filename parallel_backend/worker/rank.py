@@ -31,17 +31,18 @@ from ..protocol import (
     Loaded,
     Ok,
     Payload,
-    Profile,
-    Profiled,
     RankMessage,
     Ready,
     Stop,
+    Trace,
+    Traced,
     Unload,
 )  # fmt: skip
 from ..tensors import Arena, flatten, place, unflatten
 from .links import Links, open_store
 
 CONNECT_TIMEOUT_S = 30.0
+MAPPED_ARENAS = 16
 log = logging.getLogger("leapfrog.rank")
 
 
@@ -72,7 +73,7 @@ def _start(spec: LaunchSpec, channel: Channel[FromHost]) -> Rank:
     links = Links(store, spec.rank, spec.world, spec.backend, device, spec.timeout_s)
     if spec.threads:
         torch.set_num_threads(spec.threads)
-    channel.send(Ready())
+    channel.send(Ready(free=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None))
     return Rank(spec, channel, links, device)
 
 
@@ -84,11 +85,11 @@ class Rank:
         self._channel = channel
         self._links = links
         self._device = device
-        self._arena: Arena | None = None
+        self._arenas: dict[str, Arena] = {}
         self._held: Any = None
         self._step = 0
         self._handlers: dict[type, Callable[[Any], RankMessage]] = {
-            Profile: self._profile,
+            Trace: self._trace,
             Load: self._load,
             Evaluate: self._evaluate,
             Echo: self._echo,
@@ -113,20 +114,22 @@ class Rank:
             reply.call = message.call
             self._channel.send(reply)
 
-    def _tree(self, payload: Payload) -> Any:
-        if self._arena is None or self._arena.name != payload.arena:
-            if self._arena:
-                self._arena.close()
-            self._arena = Arena.attach(payload.arena)
-        return unflatten(payload.spec, [self._arena.view(head) for head in payload.heads])
+    def _arena(self, name: str) -> Arena:
+        if name not in self._arenas:
+            while len(self._arenas) >= MAPPED_ARENAS:
+                self._arenas.pop(next(iter(self._arenas))).close()
+            self._arenas[name] = Arena.attach(name)
+        return self._arenas[name]
 
-    def _profile(self, message: Profile) -> Profiled:
-        from .models.denoiser import profile_units
+    def _tree(self, payload: Payload) -> Any:
+        arena = self._arena(payload.arena)
+        return unflatten(payload.spec, [arena.view(head) for head in payload.heads])
+
+    def _trace(self, message: Trace) -> Traced:
+        from .models.trace import trace
 
         assert message.recipe and message.inputs
-        self._drop()
-        seconds, names = profile_units(message.recipe, self._tree(message.inputs), self._device)
-        return Profiled(seconds=seconds, names=names)
+        return trace(message.recipe, self._tree(message.inputs), self._device, message.units, message.rounds)
 
     def _load(self, message: Load) -> Loaded:
         from .models.denoiser import HeldDenoiser
@@ -134,9 +137,9 @@ class Rank:
         assert message.recipe and message.patches
         began = time.perf_counter()
         held = self._held
-        if held is None or held.recipe != message.recipe or held.bounds != message.bounds:
+        if held is None or (held.recipe, held.cut, held.peers) != (message.recipe, message.cut, message.peers):
             self._drop()
-            held = HeldDenoiser(message.recipe, message.bounds, self._links, self._device)
+            held = HeldDenoiser(message.recipe, message.cut, message.peers, self._links, self._device)
         held.patch(message.patches_id, self._tree(message.patches))
         self._held = held
         self._step = 0
@@ -159,17 +162,22 @@ class Rank:
         begin = time.perf_counter()
         self._links.sent, self._links.waited = 0, 0.0
         args, kwargs = self._held.inputs(self._tree(message.inputs))
-        if self._held.component:
-            result = self._held.component.evaluate(
-                args, kwargs, message.run, message.stream, message.shape, message.exact
-            )
+        component, drift = self._held.component, 0.0
+        if component:
+            if message.flow:
+                component.learn(message.layout, message.flow)
+            result, drift = component.evaluate(
+                args, kwargs, message.layout, message.run, message.stream, message.exact, message.extrapolate,
+                message.measure,
+            )  # fmt: skip
         else:
             result = self._held.denoiser(*args, **kwargs)
         self._step += 1
         output = self._put(result, message) if result is not None else None
         return Done(
-            output=output, begin=begin, end=time.perf_counter(), waited=self._links.waited, sent=self._links.sent
-        )
+            output=output, begin=begin, end=time.perf_counter(), waited=self._links.waited, sent=self._links.sent,
+            drift=drift,
+        )  # fmt: skip
 
     def _echo(self, message: Echo) -> Done:
         assert message.inputs
@@ -178,13 +186,14 @@ class Rank:
         return Done(output=output, begin=begin, end=time.perf_counter())
 
     def _put(self, result: Any, message: Evaluate | Echo) -> Payload:
-        assert self._arena
+        assert message.inputs
+        arena = self._arena(message.inputs.arena)
         spec, tensors = flatten(result, "denoiser output")
         heads, end = place(tensors, message.out)
         if end > message.out + message.out_size:
             raise ValueError(f"the denoiser's output of {end - message.out} bytes is larger than expected")
-        self._arena.write(tensors, heads)
-        return Payload(self._arena.name, spec, heads)
+        arena.write(tensors, heads)
+        return Payload(arena.name, spec, heads)
 
 
 def _report(error: Exception, rank: int, step: int) -> ErrorReport:

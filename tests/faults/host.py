@@ -25,19 +25,19 @@ def main() -> None:
     spec.loader.exec_module(backend)
 
     recipe = backend.Recipe.of("diffusion_model", sys.argv[2], {})
-    denoiser = backend.SplitDenoiser(
-        backend.SplitPlan(("cpu", "cpu"), 1), recipe, backend.ComfyHost(sys.argv[1], ("--cpu",))
-    )
+    plan = backend.SplitPlan(("cpu", "cpu"), warmup=1, mode="asyncdiff")
+    denoiser = backend.SplitDenoiser(plan, recipe, backend.ComfyHost(sys.argv[1], ("--cpu",)))
     x, step = torch.randn(1, 16, 8, 8), torch.ones(1)
     options = {"y": torch.randn(1, 768), "guidance": torch.ones(1), "transformer_options": {}}
     denoiser.begin_run()
     count = 0
     while True:
-        denoiser(((x, step, torch.randn(1, 16, 768)), options), x, "a stream", ("", {}), lambda: None)
+        inputs = ((x, step, torch.randn(1, 16, 768)), options)
+        denoiser.result(denoiser.submit(inputs, x, [0], "a stream", ("", {}), lambda: None), lambda: None)
         count += 1
         if count == 3:
             pool = denoiser._pool
-            print(json.dumps({"ranks": pool.pids, "memory": pool._arena.name}), flush=True)
+            print(json.dumps({"ranks": pool.pids, "memory": next(iter(pool._arenas))}), flush=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ NOTICED_S = 10.0
 Run = Callable[..., torch.Tensor]
 
 
-@pytest.fixture(params=["exact", "async", "parastep"], scope="module")
+@pytest.fixture(params=["exact", "asyncdiff", "lookahead", "parastep"], scope="module")
 def run(request: pytest.FixtureRequest) -> Run:
     """Samples the tiny Flux through one of the blocks."""
 

@@ -10,7 +10,7 @@ import torch
 from comfy_extras.nodes_easycache import EasyCacheNode
 
 from generation import Request, distance, generate, prompt
-from leapfrog.parallel_backend import denoiser, supervisor
+from leapfrog.parallel_backend import cutting, supervisor
 from leapfrog.parallel_backend.schedules.partition import partition
 from ranks import EXACT, load, reference, split, the_pool, with_lora
 
@@ -172,13 +172,14 @@ def test_several_conditionings_have_streams_of_their_own(family: str, name: str)
 
 def test_runs_never_mix_their_state(monkeypatch: pytest.MonkeyPatch):
     # cut by number of units, because measured times differ from pool to pool
-    monkeypatch.setattr(denoiser, "partition", lambda costs, components: partition([1.0] * len(costs), components))
+    monkeypatch.setattr(
+        cutting, "partition", lambda costs, **_limits: partition([1.0] * len(costs[0]), components=len(costs))
+    )
     requests = [
         Request(), Request(prompt=2), Request(size=12), Request(batch=2), Request(cfg=1.0), Request(steps=4),
         Request("unet", size=4), Request(),
     ]  # fmt: skip
     models = {family: split(load(family), warmup=1) for family in ("flux", "unet")}
-    the_pool().memory.pop("bounds")
     first = [generate(models[request.family], request) for request in requests]
     supervisor.close_all()
     for request, expected in reversed(list(zip(requests, first, strict=True))):

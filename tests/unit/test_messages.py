@@ -19,6 +19,7 @@ from leapfrog.parallel_backend.errors import HINTS, ErrorReport
 from leapfrog.parallel_backend.protocol import Done, FromHost, FromRank, Loaded
 from leapfrog.parallel_backend.report import TRACE_DIR, RunReport
 from leapfrog.parallel_backend.tensors import TensorHead
+from leapfrog.parallel_backend.units import Flow, Output
 from pack import ROOT
 
 SECRET = "ab" * 32
@@ -58,15 +59,18 @@ def test_a_code_outside_the_registry_is_a_mistake():
 
 PAYLOAD = protocol.Payload("psm_x", ["u", [["t", 0], ["v", None]]], [TensorHead("float32", (2, 3), 64)])
 RECIPE = protocol.Recipe("diffusion_model", "/m.safetensors", '["d", []]', (5, 7))
+FLOW = Flow([[], [0]], [1], [Output(["t", 0], [("float32", (2, 3))]), None])
 REPORT = ErrorReport("rank_oom", "no", 1, 2, "here")
 HOST_MESSAGES = [
-    protocol.Join(1, store_port=4), protocol.Profile(2, RECIPE, PAYLOAD),
-    protocol.Load(3, RECIPE, [(0, 1), (2, 5)], PAYLOAD, "id"), protocol.Evaluate(4, PAYLOAD, 128, 64, 9, 1, 2, False),
+    protocol.Join(1, store_port=4), protocol.Trace(2, RECIPE, PAYLOAD, ["a", "b"], 3),
+    protocol.Load(3, RECIPE, protocol.Cut(["a", "b"], [(0, 0), (1, 1)]), [0, 1], PAYLOAD, "id"),
+    protocol.Evaluate(4, PAYLOAD, 128, 64, 9, 1, 2, FLOW, False, True, True),
     protocol.Echo(5, PAYLOAD, 1, 2), protocol.Unload(6), protocol.Stop(7),
 ]  # fmt: skip
 RANK_MESSAGES = [
-    protocol.Hello(0, 3), protocol.Ready(1), protocol.Profiled(2, [0.5], ["a"]), Loaded(3, 9, 1, ["a"], 0.25),
-    Done(4, PAYLOAD, 1.0, 2.0, 0.5, 7), protocol.Failed(5, REPORT), protocol.Ok(6),
+    protocol.Hello(0, 3), protocol.Ready(1, 5), Loaded(3, 9, 1, ["a"], 0.25),
+    protocol.Traced(2, [protocol.UnitTrace("a", 0.5, 8)], FLOW, 0.1, 0.2, 3, None, "cpu"),
+    Done(4, PAYLOAD, 1.0, 2.0, 0.5, 7, 0.25), protocol.Failed(5, REPORT), protocol.Ok(6),
 ]  # fmt: skip
 
 
@@ -159,17 +163,18 @@ def report() -> RunReport:
     report = RunReport(
         "A run", ["cpu", "cpu"], [Loaded(nbytes=2_000_000, units=["a.0", "a.1"]), Loaded(nbytes=3_000_000)]
     )
+    for call, kind in enumerate(("exact", "async")):
+        report.sent(call, kind)
     began = report.began
-    report.add(
-        0,
-        "exact",
-        0.5,
-        {0: Done(begin=began, end=began + 0.25, sent=4000), 1: Done(begin=began, end=began + 0.5, waited=0.25)},
-    )
-    report.add(
-        1, "async", 0.5, {0: Done(begin=began + 0.5, end=began + 1.0), 1: Done(begin=began + 0.5, end=began + 1.0)}
-    )
-    return report  # fmt: skip
+    report.replied(0, 0, Done(begin=began, end=began + 0.25, sent=4000))
+    report.replied(0, 1, Done(begin=began, end=began + 0.5, waited=0.25))
+    for rank in range(2):
+        report.replied(1, rank, Done(begin=began + 0.5, end=began + 1.0))
+    for call in range(2):
+        report.ended(call, 0.5)
+    report.ended_at = began + 1.0
+    report.notes.append("something was seen")
+    return report
 
 
 def test_the_report_says_what_ran_where(report: RunReport):
@@ -177,6 +182,7 @@ def test_the_report_says_what_ran_where(report: RunReport):
         "A run: 2 denoiser calls (1 exact, 1 async) in 1.00 s on 2 ranks",
         "  rank 0 on cpu, a.0 to a.1: 2.0 MB of weights, busy 75%, 2 kB sent per call",
         "  rank 1 on cpu: 3.0 MB of weights, busy 75%, 0 kB sent per call",
+        "  something was seen",
     ]
 
 
@@ -194,4 +200,4 @@ def test_the_trace_has_a_row_per_rank(report: RunReport, tmp_path: Path, monkeyp
     names = [event["args"]["name"] for event in trace["traceEvents"] if event["ph"] == "M"]
     assert names == ["rank 0 cpu", "rank 1 cpu"]
     assert [rank["bytes"] for rank in trace["otherData"]["ranks"]] == [2_000_000, 3_000_000]
-    assert trace["otherData"]["round_trip_s"] == [0.5, 0.5]
+    assert trace["otherData"]["call_s"] == [0.5, 0.5]

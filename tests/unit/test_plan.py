@@ -65,8 +65,11 @@ def test_one_gpu_serves_several_ranks_only_when_told_so(monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: SplitPlan(("cpu", "cpu"), 0), "warm-up 0"),
-        (lambda: SplitPlan(("cpu", "cpu"), 1, "sync"), "mode 'sync' is not one of async, exact"),
+        (lambda: SplitPlan(("cpu", "cpu"), warmup=-1), "warm-up -1"),
+        (lambda: SplitPlan(("cpu", "cpu"), bound=0), "drift bound 0"),
+        (lambda: SplitPlan(("cpu", "cpu"), mode="sync"), "mode 'sync' is not one of lookahead, asyncdiff"),
+        (lambda: SplitPlan(("cpu", "cpu"), cfg_lanes="maybe"), "cfg_lanes 'maybe' is not one of auto, on, off"),
+        (lambda: SplitPlan(("cpu",) * 3, cfg_lanes="on"), "two lanes need an even number of devices, not 3"),
         (lambda: LanesPlan(("cpu",), 0, 1), "lanes 0, warm-up 1"),
         (lambda: LanesPlan(("cpu",), 2, 0), "lanes 2, warm-up 0"),
         (lambda: LanesPlan(("cpu",), 2, 1, "cubic"), "predictor 'cubic' is not one of linear, newest, paper"),
@@ -86,7 +89,30 @@ def test_lanes_take_no_more_devices_than_they_use(monkeypatch: pytest.MonkeyPatc
     assert LanesPlan.choose("0,1", 4, 1, "linear") == LanesPlan(("cuda:0", "cuda:1"), 4, 1, "linear")
 
 
-def test_a_split_has_one_component_per_device(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("components", "cfg_lanes", "guided", "fits", "lanes"),
+    [
+        (0, "auto", True, True, [[0, 1], [2, 3]]),
+        (0, "auto", False, True, [[0, 1, 2, 3]]),
+        (0, "off", True, True, [[0, 1, 2, 3]]),
+        (2, "auto", True, False, [[0, 1], [2, 3]]),
+        (2, "auto", False, True, [[0, 1]]),
+        (2, "off", True, True, [[0, 1]]),
+        (1, "auto", True, True, [[0], [1]]),
+        (1, "auto", True, False, [[0], [1]]),
+        (3, "auto", True, True, [[0, 1, 2]]),
+        (4, "auto", True, True, [[0, 1, 2, 3]]),
+        (2, "on", True, True, [[0, 1], [2, 3]]),
+    ],
+)
+def test_conditionings_get_a_lane_each_before_the_pipeline_gets_deeper(
+    components: int, cfg_lanes: str, guided: bool, fits: bool, lanes: list[list[int]], monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(plan, "this_machine", lambda: Machine(cuda=4, cores=8))
-    assert SplitPlan.choose("auto", 3, 2, "exact") == SplitPlan(("cuda:0", "cuda:1", "cuda:2"), 2, "exact")
-    assert SplitPlan.choose("auto", 0, 2, "async").components == 4
+    assert SplitPlan.choose("auto", components, cfg_lanes).lanes(guided, fits) == lanes
+
+
+def test_a_denoiser_too_large_for_one_of_two_devices_is_cut():
+    chosen = SplitPlan.choose("cpu,cpu", 0)
+    assert chosen.lanes(guided=True, whole_fits=True) == [[0], [1]]
+    assert chosen.lanes(guided=True, whole_fits=False) == [[0, 1]]

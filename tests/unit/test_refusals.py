@@ -66,7 +66,7 @@ class Refused:
 )
 def test_devices_and_components_that_cannot_be(model: Any, devices: str, components: int, code: str, said: str):
     with Refused(code, said):
-        AsyncUNetSplit.execute(model, devices, components, 3, 1, "async")
+        AsyncUNetSplit.execute(model, devices, components, 3, 1, "lookahead")
 
 
 def test_devices_of_the_sampler_that_cannot_be():

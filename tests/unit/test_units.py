@@ -1,4 +1,4 @@
-"""Which unit needs what from whom, checked against a walk through the denoiser."""
+"""Which unit needs what from whom."""
 
 from __future__ import annotations
 
@@ -11,65 +11,67 @@ from hypothesis import strategies as st
 
 import tiny_models
 from leapfrog.parallel_backend import LeapfrogError
-from leapfrog.parallel_backend.units import Unit, find_units, needed_by, owner_of
+from leapfrog.parallel_backend.units import Flow, Output, crossing_bytes, find_units, needed_by, owner_of
 
-
-def chain(length: int) -> list[Unit]:
-    return [Unit(f"blocks.{i}") for i in range(length)]
-
-
-def with_skips(inputs: int, middle: bool) -> list[Unit]:
-    """As in a U-Net: each input unit is consumed by the output unit at the same distance from the end."""
-    total = 2 * inputs + middle
-    return [Unit(f"units.{i}", total - 1 - i if i < inputs else None) for i in range(total)]
-
-
-UNITS = st.integers(1, 12).map(chain) | st.builds(with_skips, st.integers(1, 6), st.booleans())
+OUTPUT = Output(["t", 0], [("float32", (1,))])
 
 
 @st.composite
-def cuts(draw: st.DrawFn) -> tuple[list[Unit], list[tuple[int, int]]]:
-    units = draw(UNITS)
-    inner = sorted(draw(st.sets(st.integers(1, len(units) - 1), max_size=4))) if len(units) > 1 else []
-    edges = [0, *inner, len(units)]
-    return units, [(first, end - 1) for first, end in pairwise(edges)]
+def cuts(draw: st.DrawFn) -> tuple[Flow, list[tuple[int, int]]]:
+    """Any flow that goes forward, and any cut of its units."""
+    units = draw(st.integers(1, 12))
+    reads = [sorted(draw(st.sets(st.integers(0, u - 1), max_size=3))) if u else [] for u in range(units)]
+    head = sorted(draw(st.sets(st.integers(0, units - 1), min_size=1, max_size=3)))
+    inner = sorted(draw(st.sets(st.integers(1, units - 1), max_size=4))) if units > 1 else []
+    bounds = [(first, end - 1) for first, end in pairwise([0, *inner, units])]
+    return Flow(reads, head, [OUTPUT] * units), bounds
 
 
 @given(cuts())
-def test_a_rank_needs_exactly_what_its_units_read_and_others_made(case: tuple[list[Unit], list[tuple[int, int]]]):
-    units, bounds = case
-    reads: dict[int, set[int]] = {i: {i - 1} if i else set() for i in range(len(units))}
-    for made, unit in enumerate(units):
-        if unit.consumer is not None:
-            reads[unit.consumer].add(made)
-    for rank, (first, last) in enumerate(bounds):
-        wanted = {made for i in range(first, last + 1) for made in reads[i] if made < first}
-        assert needed_by(units, bounds, rank) == sorted(wanted)
+def test_a_rank_needs_exactly_what_its_units_read_and_others_made(case: tuple[Flow, list[tuple[int, int]]]):
+    flow, bounds = case
+    for position, (first, last) in enumerate(bounds):
+        wanted = {made for unit in range(first, last + 1) for made in flow.reads[unit] if made < first}
+        if position == len(bounds) - 1:
+            wanted |= {made for made in flow.head if made < first}
+        assert needed_by(flow, bounds, position) == sorted(wanted)
 
 
 @given(cuts())
-def test_every_unit_has_one_owner(case: tuple[list[Unit], list[tuple[int, int]]]):
-    units, bounds = case
-    for unit in range(len(units)):
+def test_every_unit_has_one_owner(case: tuple[Flow, list[tuple[int, int]]]):
+    flow, bounds = case
+    for unit in range(len(flow.reads)):
         first, last = bounds[owner_of(bounds, unit)]
         assert first <= unit <= last
+
+
+def test_bytes_that_cross():
+    chain_with_a_skip = Flow([[], [0], [1], [0, 2]], [3], [OUTPUT] * 4)
+    assert crossing_bytes(chain_with_a_skip, [(0, 0), (1, 2), (3, 3)], [10, 20, 40, 80]) == [20, 40, 0]
+    assert crossing_bytes(chain_with_a_skip, [(0, 3)], [10, 20, 40, 80]) == [0]
 
 
 def test_the_units_of_a_flux():
     with torch.device("meta"):
         units = find_units(tiny_models._flux())
-    assert [unit.path for unit in units] == [f"double_blocks.{i}" for i in range(2)] + [
-        f"single_blocks.{i}" for i in range(4)
-    ]
-    assert all(unit.consumer is None for unit in units)
+    assert units == [f"double_blocks.{i}" for i in range(2)] + [f"single_blocks.{i}" for i in range(4)]
 
 
 def test_the_units_of_a_unet():
     with torch.device("meta"):
         units = find_units(tiny_models._unet())
-    inputs = [f"input_blocks.{i}" for i in range(4)]
-    assert [unit.path for unit in units] == [*inputs, "middle_block", *(f"output_blocks.{i}" for i in range(4))]
-    assert [unit.consumer for unit in units] == [8, 7, 6, 5, None, None, None, None, None]
+    numbered = [f"{name}.{i}" for name in ("input_blocks", "output_blocks") for i in range(4)]
+    assert sorted(units) == sorted([*numbered, "middle_block"])
+
+
+def test_lists_that_are_small_or_inside_a_unit_are_not_cut():
+    block = torch.nn.Module()
+    block.inner = torch.nn.ModuleList([torch.nn.Linear(64, 64) for _ in range(2)])
+    denoiser = torch.nn.Module()
+    denoiser.embedders = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    denoiser.trunk = torch.nn.Module()
+    denoiser.trunk.blocks = torch.nn.ModuleDict({"a": block, "b": torch.nn.Linear(64, 64)})
+    assert find_units(denoiser) == ["trunk.blocks.a", "trunk.blocks.b"]
 
 
 def test_a_denoiser_that_nobody_can_cut_is_refused_by_name():

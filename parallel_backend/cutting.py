@@ -1,0 +1,71 @@
+"""Where a denoiser is cut, from unit times measured on every device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from statistics import median
+
+from .errors import LeapfrogError
+from .protocol import Cut, Traced
+from .schedules.partition import partition, slowest_share
+
+log = logging.getLogger("leapfrog")
+# A new resolution moves the bounds of the components, and so weights, only where that is worth the reading.
+WORTH_RECUTTING = 0.9
+# Of a GPU's free memory, what weights may take; the rest is for activations.
+FOR_WEIGHTS = 0.85
+
+
+def choose_cut(traces: Sequence[Traced], lanes: Sequence[Sequence[int]], by_hand: str, current: Cut | None) -> Cut:
+    """The cut whose slowest component is fastest; ``current`` where that is nearly as good.
+
+    ``traces[rank]`` is what each rank measured, ``lanes`` the ranks of each lane in the order of their components.
+    ``by_hand`` names the first unit of each component but the first, such as "7, 12"; empty for measured.
+    Raises LeapfrogError bad_plan where the components do not fit their devices, or for a cut that cannot be.
+    """
+    units = [unit.path for unit in traces[0].units]
+    if by_hand.strip():
+        return Cut(units, _bounds_by_hand(by_hand, len(units), len(lanes[0])))
+    seconds = _seconds(traces)
+    costs = [[max(seconds[lane[at]][u] for lane in lanes) for u in range(len(units))] for at in range(len(lanes[0]))]
+    limits = [_limit([traces[lane[at]] for lane in lanes]) for at in range(len(lanes[0]))]
+    stem, head = traces[0].stem, traces[0].head
+    try:
+        bounds = partition(costs, stem=stem, head=head, nbytes=[unit.nbytes for unit in traces[0].units], limits=limits)
+    except ValueError as error:
+        raise LeapfrogError.of("bad_plan", f"{error}.") from None
+    share = slowest_share(costs, bounds, stem=stem, head=head)
+    alike = current and current.units == units and len(current.bounds) == len(bounds)
+    if alike and WORTH_RECUTTING * slowest_share(costs, current.bounds, stem=stem, head=head) <= share:
+        return current
+    log.info(
+        "Leapfrog: components %s of %d units, the slowest is %.0f %% of the denoiser", bounds, len(units), 100 * share
+    )
+    return Cut(units, list(bounds))
+
+
+def _seconds(traces: Sequence[Traced]) -> list[list[float]]:
+    """Unit times per rank; those of like devices are one measurement, its noise averaged away."""
+    kinds = {t.device: [other for other in traces if other.device == t.device] for t in traces}
+    return [[median(same.units[u].seconds for same in kinds[t.device]) for u in range(len(t.units))] for t in traces]
+
+
+def _limit(traces: Sequence[Traced]) -> int | None:
+    """Bytes of units' weights that every one of these devices can hold, None where nobody counts."""
+    room = [int(FOR_WEIGHTS * t.free) - t.shared for t in traces if t.free is not None]
+    return min(room) if room else None
+
+
+def _bounds_by_hand(text: str, units: int, components: int) -> list[tuple[int, int]]:
+    try:
+        starts = [0, *(int(part) for part in text.split(","))]
+    except ValueError:
+        raise LeapfrogError.of("bad_plan", f"cut '{text}' is not a list of unit numbers such as '7, 12'.") from None
+    if len(starts) != components or sorted(set(starts)) != starts or starts[-1] >= units:
+        raise LeapfrogError.of(
+            "bad_plan",
+            f"cut '{text}' must name the first unit of each of the {components - 1} later components, rising, below "
+            f"{units}.",
+        )
+    return [(first, after - 1) for first, after in zip(starts, [*starts[1:], units], strict=True)]

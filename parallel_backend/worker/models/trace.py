@@ -1,0 +1,210 @@
+"""Watching a denoiser run: in which order its units compute, what each reads and returns, and how long it takes.
+
+Weights are neither read nor resident meanwhile: on a CPU they are untouched memory, on a GPU one unit at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ...protocol import Recipe, Traced, UnitTrace
+from ...tensors import DTYPES, flatten
+from ...units import Flow, Output, find_units
+from .inputs import to_device
+from .loader import build, weight_bytes
+from .taps import children_called
+
+SMALL = 1 << 16
+MARK = "leapfrog_reads"
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# Inference tensors do not tell whether they were changed in place.
+@torch.inference_mode(False)
+@torch.no_grad()
+def trace(recipe: Recipe, tree: tuple[Any, Any], device: torch.device, units: Sequence[str], rounds: int) -> Traced:
+    """The flow of the recipe's denoiser for these inputs, and unit times, the best of ``rounds``.
+
+    ``units`` are the units that a cut was made of; where empty they are found, and those that do not run exactly once
+    are left out, in the order in which they run.
+    """
+    patcher = build(recipe, lambda _denoiser: [], read_weights=False)
+    denoiser: torch.nn.Module = patcher.model.diffusion_model
+    dtype = patcher.model.get_dtype_inference()
+    names = list(units) or find_units(denoiser)
+    for parameter in denoiser.parameters():
+        if parameter.numel() <= SMALL:
+            parameter.data.zero_()  # recycled memory may hold numbers that are slow to compute with; large one is fresh
+    if device.type != "cpu":
+        _keep_small_parts_on(denoiser, names, device)
+
+    def run(watch: Watch) -> Any:
+        args, kwargs = to_device(tree, device, None)
+        with watch:
+            return denoiser(args[0].to(dtype), *args[1:], **to_device(kwargs, device, dtype))
+
+    first = Watch(denoiser, names, device, marking=True)
+    result = run(first)
+    if not units and set(first.calls) != {1}:
+        names = [name for name, calls in zip(names, first.calls, strict=True) if calls == 1]
+        first = Watch(denoiser, names, device, marking=True)
+        result = run(first)
+    order = list(range(len(names))) if units else first.order
+    timed = [Watch(denoiser, names, device, marking=False) for _ in range(rounds)]
+    for watch in timed:
+        run(watch)
+    place = {unit: at for at, unit in enumerate(order)}
+
+    def placed(read: Iterable[int]) -> list[int]:
+        return sorted(place[u] for u in read)
+
+    best = [min((w.seconds[u] for w in timed), default=0.0) for u in order]
+    return Traced(
+        units=[
+            UnitTrace(names[u], seconds, weight_bytes(denoiser.get_submodule(names[u])))
+            for u, seconds in zip(order, best, strict=True)
+        ],
+        flow=Flow(
+            reads=[placed(first.reads[u]) for u in order],
+            head=placed(marks_of(result)),
+            outputs=[first.outputs[u] for u in order],
+        ),
+        stem=min((w.stem for w in timed), default=0.0),
+        head=min((w.head for w in timed), default=0.0),
+        shared=weight_bytes(denoiser) - sum(weight_bytes(denoiser.get_submodule(name)) for name in names),
+        free=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+    )
+
+
+def _keep_small_parts_on(denoiser: torch.nn.Module, names: Sequence[str], device: torch.device) -> None:
+    inside = {id(t) for name in names for t in _stored(denoiser.get_submodule(name))}
+    for tensor in _stored(denoiser):
+        if id(tensor) not in inside:
+            tensor.data = tensor.data.to(device)
+
+
+def _stored(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+class Watch(TorchFunctionMode):
+    """Watches one forward. With ``marking``, a tensor made outside the units carries the units that it came from."""
+
+    def __init__(self, denoiser: torch.nn.Module, names: Sequence[str], device: torch.device, marking: bool):
+        super().__init__()
+        self.calls = [0] * len(names)
+        self.order: list[int] = []
+        self.reads: list[set[int]] = [set() for _ in names]
+        self.outputs: list[Output | None] = [None] * len(names)
+        self.seconds = [0.0] * len(names)
+        self.stem = self.head = 0.0
+        self._denoiser = denoiser
+        self._names = names
+        self._device = device
+        self._marking = marking
+        self._inside = False
+        self._since = 0.0
+        self._begin = 0.0
+        self._before = 0.0
+
+    def __enter__(self) -> Any:
+        self._hooks = []
+        for index, name in enumerate(self._names):
+            module = self._denoiser.get_submodule(name)
+            first, last = children_called(module)
+            self._hooks.append(first.register_forward_pre_hook(self._started(index, module), with_kwargs=True))
+            self._hooks.append(last.register_forward_hook(self._done(index, module)))
+        self._since = self._now()
+        return super().__enter__() if self._marking else self
+
+    def __exit__(self, *error: Any) -> None:
+        if self._marking:
+            super().__exit__(*error)
+        self.head = self._now() - self._since
+        for hook in self._hooks:
+            hook.remove()
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def _started(self, index: int, module: torch.nn.Module):
+        def started(_module: Any, args: Any, kwargs: Any) -> None:
+            self._before = self._now() - self._since
+            if not self.order:
+                self.stem, self._before = self._before, 0.0
+            self.calls[index] += 1
+            self.order.append(index)
+            if self._marking:
+                self.reads[index] |= marks_of((args, kwargs)) - {index}
+                self._inside = True
+            if self._device.type != "cpu":
+                module.to(self._device)
+            self._begin = self._now()
+
+        return started
+
+    def _done(self, index: int, module: torch.nn.Module):
+        def done(_module: Any, _args: Any, output: Any) -> None:
+            self.seconds[index] += self._now() - self._begin + self._before
+            if self._marking:
+                self._inside = False
+                self.outputs[index] = describe(output, self._names[index])
+                for tensor in tensors_of(output):
+                    setattr(tensor, MARK, frozenset((index,)))
+            if self._device.type != "cpu":
+                module.to("cpu")
+            self._since = self._now()
+
+        return done
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._inside:
+            return func(*args, **(kwargs or {}))
+        given = list(tensors_of((args, kwargs)))
+        marks = marks_of(given)
+        versions = [_version(t) for t in given] if marks else []
+        result = func(*args, **(kwargs or {}))
+        if marks:
+            changed = [t for t, version in zip(given, versions, strict=True) if _version(t) != version]
+            for tensor in (*tensors_of(result), *changed):
+                _mark(tensor, marks)
+        return result
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _mark(tensor: torch.Tensor, marks: frozenset[int]) -> None:
+    setattr(tensor, MARK, getattr(tensor, MARK, frozenset()) | marks)
+    if tensor._base is not None:
+        setattr(tensor._base, MARK, getattr(tensor._base, MARK, frozenset()) | marks)
+
+
+def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_of(item)
+
+
+def marks_of(value: Any) -> frozenset[int]:
+    return frozenset(mark for tensor in tensors_of(value) for mark in getattr(tensor, MARK, ()))
+
+
+def describe(output: Any, name: str) -> Output:
+    spec, tensors = flatten(output, f"the output of {name}")
+    return Output(spec, [(DTYPE_NAMES[t.dtype], tuple(t.shape)) for t in tensors])

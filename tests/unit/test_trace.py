@@ -1,0 +1,118 @@
+"""What is seen of a denoiser's flow, on denoisers whose flow is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import tiny_models
+from generation import TOKENS
+from leapfrog.parallel_backend.protocol import Recipe, Traced
+from leapfrog.parallel_backend.worker.models.taps import BeforeOwnUnits
+from leapfrog.parallel_backend.worker.models.trace import Watch, marks_of, trace
+
+CPU = torch.device("cpu")
+
+
+class Made(torch.nn.Module):
+    """Three blocks and whatever happens between them."""
+
+    def __init__(self, between: Callable[[Made, torch.Tensor], torch.Tensor]):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(2, 2) for _ in range(3)])
+        self.between = between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.between(self, x)
+
+
+def chain(made: Made, x: torch.Tensor) -> torch.Tensor:
+    for block in made.blocks:
+        x = block(x)
+    return x
+
+
+def skip(made: Made, x: torch.Tensor) -> torch.Tensor:
+    first = made.blocks[0](x)
+    second = made.blocks[1](first * 2)
+    return made.blocks[2](torch.cat([first, second])[:3])
+
+
+def in_place(made: Made, x: torch.Tensor) -> torch.Tensor:
+    total = torch.zeros(3, 2)
+    total[:, 1] += made.blocks[0](x)[:, 0]
+    other = made.blocks[1](x)
+    other[:1].add_(total[:1])
+    return made.blocks[2](other) + total.mean()
+
+
+@pytest.mark.parametrize(
+    ("between", "reads", "head"),
+    [
+        (chain, [set(), {0}, {1}], {2}),
+        (skip, [set(), {0}, {0, 1}], {2}),
+        (in_place, [set(), set(), {0, 1}], {0, 2}),
+    ],
+)
+@torch.no_grad()
+def test_what_a_unit_reads_is_seen_through_the_code_in_between(between: Any, reads: list[set[int]], head: set[int]):
+    made = Made(between)
+    watch = Watch(made, [f"blocks.{i}" for i in range(3)], CPU, marking=True)
+    with watch:
+        result = made(torch.ones(3, 2))
+    assert watch.reads == reads
+    assert marks_of(result) == head
+
+
+def traced(path: Any, args: tuple, kwargs: dict, units: Any = (), rounds: int = 1) -> Traced:
+    return trace(Recipe.of("diffusion_model", str(path), {}), (args, kwargs), CPU, units, rounds)
+
+
+def test_a_flux_is_a_chain():
+    kwargs = {"y": torch.ones(1, 768), "guidance": torch.ones(1), "transformer_options": {}}
+    seen = traced(tiny_models.tiny_flux(), (torch.ones(1, 16, 8, 8), torch.ones(1), torch.ones(1, TOKENS, 768)), kwargs)
+    assert [unit.path for unit in seen.units] == ["double_blocks.0", "double_blocks.1"] + [
+        f"single_blocks.{i}" for i in range(4)
+    ]
+    assert seen.flow.reads == [[], [0], [1], [2], [3], [4]]
+    assert seen.flow.head == [5]
+    first, last = seen.flow.outputs[0], seen.flow.outputs[5]
+    assert first is not None
+    assert last is not None
+    assert first.tensors == [("float32", (1, 16, 128)), ("float32", (1, TOKENS, 128))]
+    assert last.tensors == [("float32", (1, 16 + TOKENS, 128))]
+    assert all(unit.seconds > 0 for unit in seen.units)
+    assert seen.shared + sum(unit.nbytes for unit in seen.units) == pytest.approx(
+        tiny_models.tiny_flux().stat().st_size, rel=0.01
+    )
+
+
+def test_a_unet_has_its_skips():
+    args = (torch.ones(1, 4, 8, 8), torch.ones(1), torch.ones(1, TOKENS, 768))
+    seen = traced(tiny_models.tiny_unet(), args, {"transformer_options": {}})
+    assert [unit.path for unit in seen.units] == [
+        *(f"input_blocks.{i}" for i in range(4)), "middle_block", *(f"output_blocks.{i}" for i in range(4))
+    ]  # fmt: skip
+    assert seen.flow.reads == [[], [0], [1], [2], [3], [3, 4], [2, 5], [1, 6], [0, 7]]
+
+
+def test_the_units_of_a_cut_keep_their_numbers():
+    args = (torch.ones(1, 4, 8, 8), torch.ones(1), torch.ones(1, TOKENS, 768))
+    names = ["output_blocks.1", "middle_block"]
+    seen = traced(tiny_models.tiny_unet(), args, {"transformer_options": {}}, names, rounds=0)
+    assert [unit.path for unit in seen.units] == names
+    assert seen.flow.reads == [[1], []]
+    assert seen.units[0].seconds == 0
+
+
+def test_what_comes_of_the_unknown_is_unknown():
+    with BeforeOwnUnits():
+        unknown = torch.empty(2, 3, device="meta")
+        assert (torch.ones(2, 3) + unknown).is_meta
+        assert torch.cat([torch.ones(2, 3), unknown]).is_meta
+        assert torch.nn.functional.linear(unknown, torch.ones(4, 3)).is_meta
+        unknown[:, :2] += torch.ones(2, 2)
+        assert not (torch.ones(2) + torch.ones(2)).is_meta
