@@ -125,7 +125,7 @@ class AsyncUNetSplit(io.ComfyNode):
             raise LeapfrogError.of("unsupported_patch", "This MODEL has been split already.")
         plan = SplitPlan.choose(
             devices, components, warmup=warmup_steps, mode=mode, cfg_lanes=cfg_lanes, bound=drift_bound,
-            time_shift=time_shift, cut=cut,
+            time_shift=time_shift, cut=cut, stride=stride,
         )  # fmt: skip
         if len(plan.devices) == 1:
             log.info("Leapfrog: one device (%s), so Async UNet Split passes the MODEL through.", plan.devices[0])

@@ -15,13 +15,16 @@ import comfy.patcher_extension
 import torch
 
 from ..parallel_backend import LanesDenoiser, LeapfrogError, SplitDenoiser
+from .inside_patches import ENTRIES, describe
 from .recipe import patches_of
 from .waves import LookaheadRun, park
 
 Remote = SplitDenoiser | LanesDenoiser
-# Options that only the host's own code reads.
+# Options that only the host's own code reads, and those that travel in a form of their own.
 STAYS = {"wrappers", "callbacks", "uuids", "prefetch_dynamic_vbars", "context_window", "multigpu_clones", "easycache"}
-MUST_BE_EMPTY = ("patches", "patches_replace", "optimized_attention_override")
+STAYS |= set(ENTRIES)
+# ComfyUI's own modules whose functions change the shapes inside the denoiser from one step to the next.
+RESHAPING = ("comfy_extras.nodes_model_downscale",)
 
 
 def travelling_options(options: dict[str, Any]) -> dict[str, Any]:
@@ -29,14 +32,28 @@ def travelling_options(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises LeapfrogError unsupported_patch, by name, for functions that would have to run inside the model.
     """
-    for name in MUST_BE_EMPTY:
-        if options.get(name):
-            inside = options[name]
-            names = ", ".join(sorted(map(str, inside))) if isinstance(inside, dict) else type(inside).__name__
-            raise LeapfrogError.of(
-                "unsupported_patch", f"A node on this MODEL runs code inside the denoiser ({name}: {names})."
-            )
-    return {k: v for k, v in options.items() if k not in STAYS and k not in MUST_BE_EMPTY}
+    going = {k: v for k, v in options.items() if k not in STAYS}
+    inside = describe(options)
+    return {**going, "inside_patches": inside} if inside else going
+
+
+def refuse_inside(options: dict[str, Any], denoiser: Remote) -> None:
+    """Raises LeapfrogError unsupported_patch for functions inside the denoiser that would be wrong when spread."""
+    inside = options.get("inside_patches")
+    if not inside:
+        return
+    if isinstance(denoiser, LanesDenoiser) and "cond_or_uncond" in inside["reads"]:
+        raise LeapfrogError.of(
+            "unsupported_patch",
+            "A node on this MODEL mixes prompt and negative prompt inside the denoiser (NAGuidance does); ParaStep "
+            "Sampler evaluates them on different devices.",
+        )
+    if isinstance(denoiser, SplitDenoiser) and any(f'"{module}"' in inside["text"] for module in RESHAPING):
+        raise LeapfrogError.of(
+            "unsupported_patch",
+            "PatchModelAddDownscale on this MODEL changes sizes inside the denoiser from step to step, which Async "
+            "UNet Split cannot follow; ParaStep Sampler can.",
+        )
 
 
 def refuse_hooks(hooks: comfy.hooks.HookGroup | None) -> None:
@@ -55,6 +72,7 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     x = args[0]
     options = kwargs.get("transformer_options", {})
     going = travelling_options(options)
+    refuse_inside(going, denoiser)
     tick = comfy.model_management.throw_exception_if_processing_interrupted
     refuse_hooks(patcher.current_hooks)
     patches = patches_of(patcher)
@@ -65,7 +83,9 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
             output = denoiser(tree, x, int(kwargs.get("num_video_frames", 1)), patches, tick)
         else:
             chunks = options.get("cond_or_uncond") or [0]
-            pending = denoiser.submit(tree, x, chunks, _stream(patcher, options, x), patches, tick)
+            stale = denoiser.plan.mode == "asyncdiff"
+            times = _times(patcher, options) if stale else (1.0, 1.0)
+            pending = denoiser.submit(tree, x, chunks, _stream(patcher, {**options, **going}, x), times, patches, tick)
             try:
                 park(pending)
             except BaseException:
@@ -92,7 +112,8 @@ def _stream(patcher: comfy.model_patcher.ModelPatcher, options: dict[str, Any], 
     window = getattr(options.get("context_window"), "index_list", None)
     uuids = tuple(map(str, options.get("uuids", ())))
     shapes = tuple(tuple(part.shape) for part in ([x] if isinstance(x, torch.Tensor) else x))
-    key = (tuple(options.get("cond_or_uncond", ())), uuids, shapes, str(window))
+    inside = options.get("inside_patches", {}).get("id")
+    key = (tuple(options.get("cond_or_uncond", ())), uuids, shapes, str(window), inside)
     sigmas = options.get("sigmas")
     sigma = float(sigmas.flatten()[0]) if isinstance(sigmas, torch.Tensor) else 0.0
     seen = patcher.attachments.setdefault(RUN, Run()).seen
@@ -100,6 +121,19 @@ def _stream(patcher: comfy.model_patcher.ModelPatcher, options: dict[str, Any], 
     repeat = repeat + 1 if sigma == last_sigma else 0
     seen[key] = (sigma, repeat)
     return (*key, repeat)
+
+
+def _times(patcher: comfy.model_patcher.ModelPatcher, options: dict[str, Any]) -> tuple[float, float]:
+    """The model's timesteps at the sigmas before and after the current one in the schedule, as multiples of its own."""
+    sigmas, sigma = options.get("sample_sigmas"), options.get("sigmas")
+    if not isinstance(sigmas, torch.Tensor) or not isinstance(sigma, torch.Tensor):
+        return 1.0, 1.0
+    at = int((sigmas - sigma.flatten()[0].to(sigmas)).abs().argmin())
+    before, now, after = (
+        float(patcher.model.model_sampling.timestep(sigmas[max(0, min(len(sigmas) - 2, i))]))
+        for i in (at - 1, at, at + 1)
+    )
+    return (before / now, after / now) if now else (1.0, 1.0)
 
 
 RUN = "leapfrog_run"

@@ -17,32 +17,45 @@ WORTH_RECUTTING = 0.9
 FOR_WEIGHTS = 0.85
 
 
-def choose_cut(traces: Sequence[Traced], lanes: Sequence[Sequence[int]], by_hand: str, current: Cut | None) -> Cut:
+def choose_cut(
+    traces: Sequence[Traced], lanes: Sequence[Sequence[int]], by_hand: str, stride: int, current: Cut | None
+) -> Cut:
     """The cut whose slowest component is fastest; ``current`` where that is nearly as good.
+
+    With ``stride`` 2 the last rank of a lane holds the last component once more.
 
     ``traces[rank]`` is what each rank measured, ``lanes`` the ranks of each lane in the order of their components.
     ``by_hand`` names the first unit of each component but the first, such as "7, 12"; empty for measured.
     Raises LeapfrogError bad_plan where the components do not fit their devices, or for a cut that cannot be.
     """
     units = [unit.path for unit in traces[0].units]
+    components = len(lanes[0]) - stride + 1
+    twins = stride - 1
+    # the ranks that hold the component at each position
+    holders = [[lane[at] for lane in lanes] for at in range(components)]
+    holders[-1] += [rank for lane in lanes for rank in lane[components:]]
     if by_hand.strip():
-        return Cut(units, _bounds_by_hand(by_hand, len(units), len(lanes[0])))
+        bounds = _bounds_by_hand(by_hand, len(units), components)
+        return Cut(units, bounds + bounds[-1:] * twins)
     seconds = _seconds(traces)
-    costs = [[max(seconds[lane[at]][u] for lane in lanes) for u in range(len(units))] for at in range(len(lanes[0]))]
-    limits = [_limit([traces[lane[at]] for lane in lanes]) for at in range(len(lanes[0]))]
+    costs = [[max(seconds[rank][u] for rank in ranks) for u in range(len(units))] for ranks in holders]
+    limits = [_limit([traces[rank] for rank in ranks]) for ranks in holders]
     stem, head = traces[0].stem, traces[0].head
     try:
-        bounds = partition(costs, stem=stem, head=head, nbytes=[unit.nbytes for unit in traces[0].units], limits=limits)
+        bounds = list(
+            partition(costs, stem=stem, head=head, nbytes=[unit.nbytes for unit in traces[0].units], limits=limits)
+        )
     except ValueError as error:
         raise LeapfrogError.of("bad_plan", f"{error}.") from None
     share = slowest_share(costs, bounds, stem=stem, head=head)
-    alike = current and current.units == units and len(current.bounds) == len(bounds)
-    if alike and WORTH_RECUTTING * slowest_share(costs, current.bounds, stem=stem, head=head) <= share:
-        return current
+    if current and current.units == units and len(current.bounds) == len(lanes[0]):
+        now = slowest_share(costs, current.bounds[:components], stem=stem, head=head)
+        if WORTH_RECUTTING * now <= share:
+            return current
     log.info(
         "Leapfrog: components %s of %d units, the slowest is %.0f %% of the denoiser", bounds, len(units), 100 * share
     )
-    return Cut(units, list(bounds))
+    return Cut(units, bounds + bounds[-1:] * twins)
 
 
 def _seconds(traces: Sequence[Traced]) -> list[list[float]]:

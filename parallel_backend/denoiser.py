@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -27,21 +27,29 @@ log = logging.getLogger("leapfrog")
 WARM_TIMEOUT_S = 30.0
 WARM_TIMEOUT_FACTOR = 20
 TRACE_ROUNDS = 3
+# Options whose tensors have no rows, whatever their first dimension is.
+WHOLE = frozenset(("inside_patches", "sample_sigmas"))
 
 
 # Weight patches (LoRA and the like) to bake into the ranks' weights: an id that changes whenever they do, and a tree.
 Patches = tuple[str, dict[str, Any]]
+# The timesteps of the steps before and after the current one, as multiples of its own.
+Times = tuple[float, float]
 
 
 @dataclass(eq=False)
 class Pending:
-    """An evaluation under way. ``finals`` are the ranks that will have its rows, in order."""
+    """An evaluation under way. ``finals`` are the ranks that will have its rows, in order.
+
+    ``measured`` is to be told the drift. Not the ``last`` of a call: another evaluation will ask for more of it.
+    """
 
     call: Call
     finals: list[int]
     size: torch.Size
     sent_at: float
     measured: Callable[[float], None] | None = None
+    last: bool = True
 
 
 class RemoteDenoiser:
@@ -137,7 +145,7 @@ class RemoteDenoiser:
 
     def drop(self, pending: Pending) -> None:
         """Nobody will ask for this evaluation's output (again)."""
-        if self._pool:
+        if self._pool and pending.last:
             self._pool.done(pending.call)
 
     def _ready_pool(self, tick: Tick) -> Pool:
@@ -207,7 +215,7 @@ def _layout_key(payload: Payload) -> str:
         if kind in ("l", "u"):
             return [kind, *map(structure, body)]
         if kind == "d":
-            return [[key[1], value if key[1] == "inside_patches" else structure(value)] for key, value in body]
+            return [[key[1], value if key[1] == "id" else structure(value)] for key, value in body]
         return kind
 
     return json.dumps([structure(payload.spec), [(head.dtype, head.shape) for head in payload.heads]], default=str)
@@ -233,6 +241,7 @@ class SplitDenoiser(RemoteDenoiser):
         super().__init__(plan.devices, recipe, host)
         self.plan = plan
         self._lanes: list[list[int]] = []
+        self._rests: dict[int, Pending] = {}
         self._forget_streams()
 
     def begin_run(self) -> None:
@@ -240,77 +249,101 @@ class SplitDenoiser(RemoteDenoiser):
         self._lanes = []
         self._forget_streams()
 
+    def end_run(self) -> None:
+        self._forget_streams()
+        super().end_run()
+
     @property
     def components(self) -> int:
         """Components of the pipeline that serves the run; 0 before its first evaluation."""
-        return len(self._lanes[0]) if self._lanes else 0
+        return len(self._lanes[0]) - self.plan.stride + 1 if self._lanes else 0
 
     def lookahead(self, sigmas: Sequence[float]) -> Lookahead:
         """The schedule of a run with these sigmas."""
         return Lookahead(sigmas, self.components - 1, self.plan.warmup, self.plan.bound)
 
     def _forget_streams(self) -> None:
-        self._streams = Streams(self.plan.warmup, self.plan.mode in STALE_MODES, self.plan.bound)
+        for rest in self._rests.values():
+            self.drop(rest)
+        self._rests.clear()
+        self._streams = Streams(self.plan.warmup, self.plan.mode in STALE_MODES, self.plan.bound, self.plan.stride)
         self._run = time.monotonic_ns()
 
     def submit(
-        self, inputs: Any, x: Any, chunks: Sequence[int], stream: Hashable, patches: Patches, tick: Tick
+        self, inputs: Any, x: Any, chunks: Sequence[int], stream: Hashable, times: Times, patches: Patches, tick: Tick
     ) -> Pending:
         """Start an evaluation. ``inputs`` is the tree (args, kwargs) of the denoiser's forward, ``x`` the latent in it.
 
         ``chunks`` say which conditioning each equal share of the rows belongs to. ``stream`` names the conditioning
-        whose stale state may be used. Raises LeapfrogError.
+        whose stale state may be used. ``times`` are the timesteps of the steps before and after this one, each as a
+        multiple of this one's. Raises LeapfrogError.
         """
         pool = self._ready_pool(tick)
         with pool.lock:
             if not self._lanes:
                 self._lanes = self.plan.lanes(len(set(chunks)) > 1, self._whole_fits(pool))
-            lanes = _lanes_of_call(self._lanes, _first(x).shape[0], chunks)
+            inside = inputs[1].get("transformer_options", {}).get("inside_patches", {})
+            together = "cond_or_uncond" in inside.get("reads", ())
+            lanes = _lanes_of_call(self._lanes, _first(x).shape[0], chunks, together)
             payloads, out = self._write(pool, lanes, inputs, x, chunks, tick)
             if self._prepare(pool, payloads[0], patches, tick):
                 payloads, out = self._write(pool, lanes, inputs, x, chunks, tick)
-            return self._send(pool, lanes, payloads, out, x, stream, tick)
+            return self._send(pool, lanes, payloads, out, x, stream, times, tick)
 
     def _write(
         self, pool: Pool, lanes: list[Lane], inputs: Any, x: Any, chunks: Sequence[int], tick: Tick
     ) -> tuple[list[Payload], int]:
         """What each lane gets, and where the room for outputs begins."""
         trees = [_with_chunks(inputs, chunks[slice(*lane.chunks)]) for lane in lanes]
-        payload, out = pool.payload(trees[0], tick, reserve=_room_for_output(x) * len(lanes), where="denoiser input")
+        payload, out = pool.payload(
+            trees[0], tick, reserve=_room_for_output(x) * len(lanes) * self.plan.stride, where="denoiser input"
+        )
         if len(lanes) == 1:
             return [payload], out
         rows = _first(x).shape[0]
-        return [
-            Payload(
-                payload.arena, flatten(tree, "denoiser input")[0],
-                [slice_rows(head, rows, *lane.rows) for head in payload.heads],
-            )
-            for tree, lane in zip(trees, lanes, strict=True)
-        ], out  # fmt: skip
+        return [_rows_of(payload, tree, rows, *lane.rows) for tree, lane in zip(trees, lanes, strict=True)], out
 
     def _send(
-        self, pool: Pool, lanes: list[Lane], payloads: list[Payload], out: int, x: Any, stream: Hashable, tick: Tick
-    ) -> Pending:
+        self, pool: Pool, lanes: list[Lane], payloads: list[Payload], out: int, x: Any, stream: Hashable,
+        times: Times, tick: Tick,
+    ) -> Pending:  # fmt: skip
         number, flow = self._layout(pool, payloads[0], tick) if self.components > 1 else (0, None)
         learnt: set[tuple[int, int]] = pool.memory.setdefault("learnt", set())
         how = self._streams.next((stream, number))
+        if how.rest:
+            return self._rests.pop(how.stream)
+        at_last = self.components - 1
+        two_steps = not how.exact and self.plan.stride == 2
         room = _room_for_output(x)
-        messages = {
-            rank: Evaluate(
-                inputs=payload, out=out + at * room, out_size=room, run=self._run, stream=how.stream, layout=number,
-                flow=None if (number, rank) in learnt else flow, exact=how.exact, measure=how.measure,
-                extrapolate=self.plan.mode == "extrapolated",
-            )
-            for at, (lane, payload) in enumerate(zip(lanes, payloads, strict=True))
-            for rank in lane.ranks
-        }  # fmt: skip
-        finals = [lane.ranks[-1] for lane in lanes]
+        messages = {}
+        for at, (lane, payload) in enumerate(zip(lanes, payloads, strict=True)):
+            for position, rank in enumerate(lane.ranks):
+                messages[rank] = Evaluate(
+                    inputs=payload, out=out + room * (at * self.plan.stride + max(0, position - at_last)),
+                    out_size=room, run=self._run, stream=how.stream, layout=number,
+                    flow=None if (number, rank) in learnt else flow, exact=how.exact, measure=how.measure,
+                    extrapolate=self.plan.mode == "extrapolated",
+                    time=self._time(times, how.exact, two_steps and position <= at_last),
+                )  # fmt: skip
         kind = "exact" if how.exact else "async"
+        finals = [lane.ranks[-1] for lane in lanes]
         pending = self._submit(pool, messages, payloads[0], finals, _first(x).shape, kind, tick)
         learnt.update((number, rank) for rank in messages)
+        if two_steps:
+            pending.last = False
+            self._rests[how.stream] = replace(pending, finals=[lane.ranks[at_last] for lane in lanes], last=True)
         if how.measure:
             pending.measured = lambda drift: self._streams.drifted(how, drift)
         return pending
+
+    def _time(self, times: Times, exact: bool, for_next_step: bool) -> float:
+        """What a component's timestep is to be multiplied with (AsyncDiff's time shift: the age of its input)."""
+        before, after = times
+        if exact:
+            return 1.0
+        if for_next_step:
+            return 1.0 if self.plan.time_shift else after
+        return before if self.plan.time_shift else 1.0
 
     def _whole_fits(self, pool: Pool) -> bool:
         size = self.recipe.stamp[0]
@@ -324,7 +357,7 @@ class SplitDenoiser(RemoteDenoiser):
         wanted = cut if same else None
         if self.components > 1 and (wanted is None or self._first_of_run):
             traces, asked = self._measure(pool, payload, tick)
-            wanted = choose_cut(traces, self._lanes, self.plan.cut, wanted)
+            wanted = choose_cut(traces, self._lanes, self.plan.cut, self.plan.stride, wanted)
         if same and wanted == cut and patches_id == patches[0]:
             loaded = pool.memory["loaded"][1]
         else:
@@ -371,13 +404,37 @@ def _first(x: Any) -> torch.Tensor:
     return x if isinstance(x, torch.Tensor) else x[0]
 
 
-def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int]) -> list[Lane]:
-    """How a call's rows spread: half of its chunks to each of two lanes, a single chunk to its conditioning's lane."""
-    if len(lanes) == 1 or len(chunks) % len(lanes):
+def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int], together: bool) -> list[Lane]:
+    """How a call's rows spread: half of its chunks to each of two lanes, a single chunk to its conditioning's lane.
+
+    They stay ``together`` where something inside the denoiser mixes them.
+    """
+    if len(lanes) == 1 or together or len(chunks) % len(lanes):
         ranks = lanes[chunks[0] % len(lanes)] if len(chunks) == 1 else lanes[0]
         return [Lane(ranks, (0, rows), (0, len(chunks)))]
     each, share = len(chunks) // len(lanes), rows // len(lanes)
     return [Lane(ranks, (share * at, share * (at + 1)), (each * at, each * (at + 1))) for at, ranks in enumerate(lanes)]
+
+
+def _rows_of(payload: Payload, tree: Any, rows: int, begin: int, end: int) -> Payload:
+    """A payload with rows ``[begin, end)`` of its tensors of ``rows`` rows, for a tree that has the same tensors."""
+    spec, _ = flatten(tree, "denoiser input")
+    whole = set(_tensors_under(spec, WHOLE))
+    heads = [head if i in whole else slice_rows(head, rows, begin, end) for i, head in enumerate(payload.heads)]
+    return Payload(payload.arena, spec, heads)
+
+
+def _tensors_under(node: Any, keys: frozenset[str], inside: bool = False) -> Iterator[int]:
+    """Numbers of a spec's tensors below dict entries with these keys."""
+    kind, body = node
+    if kind == "t" and inside:
+        yield body
+    elif kind in ("l", "u"):
+        for item in body:
+            yield from _tensors_under(item, keys, inside)
+    elif kind == "d":
+        for key, value in body:
+            yield from _tensors_under(value, keys, inside or key[1] in keys)
 
 
 def _with_chunks(inputs: Any, chunks: Sequence[int]) -> Any:
@@ -397,6 +454,11 @@ class LanesDenoiser(RemoteDenoiser):
     def __init__(self, plan: LanesPlan, recipe: Recipe, host: ComfyHost):
         super().__init__(plan.devices, recipe, host)
         self.plan = plan
+        self._run = 0
+
+    def begin_run(self) -> None:
+        super().begin_run()
+        self._run = time.monotonic_ns()
 
     def __call__(self, inputs: Any, x: torch.Tensor, group: int, patches: Patches, tick: Tick) -> torch.Tensor:
         """Evaluate the denoiser on ``x`` of ``[rows, ...]``, rows spread over the ranks in groups of ``group``.
@@ -410,11 +472,12 @@ class LanesDenoiser(RemoteDenoiser):
             self.report.loaded = self._load(pool, None, [[rank] for rank in range(len(self.devices))], patches, tick)
             room = _room_for_output(x)
             payload, out = pool.payload(inputs, tick, reserve=room * len(self.devices), where="denoiser input")
+            chunks = inputs[1].get("transformer_options", {}).get("cond_or_uncond") or [0]
             messages = {}
             for rank, (begin, end) in enumerate(row_shares(rows, group, len(self.devices))):
                 if begin < end:
-                    heads = [slice_rows(head, rows, begin, end) for head in payload.heads]
-                    share = Payload(payload.arena, payload.spec, heads)
-                    messages[rank] = Evaluate(inputs=share, out=out + rank * room, out_size=room)
+                    own = chunks[begin * len(chunks) // rows : -(-end * len(chunks) // rows)]
+                    share = _rows_of(payload, _with_chunks(inputs, own), rows, begin, end)
+                    messages[rank] = Evaluate(inputs=share, out=out + rank * room, out_size=room, run=self._run)
             pending = self._submit(pool, messages, payload, sorted(messages), x.shape, f"{rows} rows", tick)
         return self.result(pending, tick)

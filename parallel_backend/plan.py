@@ -104,6 +104,7 @@ class SplitPlan:
     degree: int = 0
     warmup: int = 0
     mode: str = "lookahead"
+    stride: int = 1
     cfg_lanes: str = "auto"
     bound: float = 0.02
     time_shift: bool = False
@@ -115,27 +116,37 @@ class SplitPlan:
                 raise LeapfrogError.of("bad_plan", f"{what} '{value}' is not one of {', '.join(known)}.")
         if self.warmup < 0 or self.bound <= 0:
             raise LeapfrogError.of("bad_plan", f"warm-up {self.warmup}, drift bound {self.bound}: both are positive.")
+        if self.stride not in (1, 2) or (self.stride == 2 and self.mode != "asyncdiff"):
+            raise LeapfrogError.of("bad_plan", f"stride {self.stride}: 1, or 2 with mode 'asyncdiff'.")
+        if self.degree + self.stride - 1 > len(self.devices) or len(self.devices) < self.stride:
+            raise LeapfrogError.of(
+                "bad_plan",
+                f"components {self.degree} with stride {self.stride} need {max(1, self.degree) + self.stride - 1} "
+                f"devices, not {len(self.devices)}.",
+            )
         if self.cfg_lanes == "on" and len(self.devices) % 2:
             raise LeapfrogError.of(
                 "bad_plan", f"cfg_lanes 'on': two lanes need an even number of devices, not {len(self.devices)}."
             )
 
     @classmethod
-    def choose(cls, devices: str, components: int, cfg_lanes: str = "auto", **options: Any) -> SplitPlan:
+    def choose(
+        cls, devices: str, components: int, cfg_lanes: str = "auto", stride: int = 1, **options: Any
+    ) -> SplitPlan:
         """The plan for what a user wrote on the node; ``components`` 0 means as many as there are devices for.
 
         Of the devices named, or with "auto" of those there are, two lanes of ``components`` are taken where they allow.
         """
         machine = this_machine()
+        options = {**options, "cfg_lanes": cfg_lanes, "stride": stride}
         if components == 0:
-            return cls(choose_devices(devices, 0, machine), 0, cfg_lanes=cfg_lanes, **options)
-        wanted = components * (2 if cfg_lanes == "on" else 1)
-        if cfg_lanes == "auto" and len(choose_devices(devices, 0, machine)) >= 2 * components:
-            wanted = 2 * components
-        return cls(choose_devices(devices, wanted, machine), components, cfg_lanes=cfg_lanes, **options)
+            return cls(choose_devices(devices, 0, machine), 0, **options)
+        lane = components + stride - 1
+        two = cfg_lanes == "on" or (cfg_lanes == "auto" and len(choose_devices(devices, 0, machine)) >= 2 * lane)
+        return cls(choose_devices(devices, 2 * lane if two else lane, machine), components, **options)
 
     def lanes(self, guided: bool, whole_fits: bool) -> list[list[int]]:
-        """The ranks of each lane, in the order of their components.
+        """The ranks of each lane, in the order of their components; with stride 2 the last component has two.
 
         Two lanes where a call has two conditionings (``guided``) and the devices are even in number; one component per
         lane only if a device holds the whole denoiser (``whole_fits``).
@@ -144,10 +155,10 @@ class SplitPlan:
         two = self.cfg_lanes != "off" and guided and devices % 2 == 0
         if self.cfg_lanes == "auto" and devices == 2 and not self.degree and not whole_fits:
             two = False
-        if self.degree and devices < 2 * self.degree:
+        if devices < 2 * (max(1, self.degree) + self.stride - 1):
             two = False
-        components = self.degree or (devices // 2 if two else devices)
-        return [list(range(at * components, (at + 1) * components)) for at in range(2 if two else 1)]
+        lane = self.degree + self.stride - 1 if self.degree else devices // (2 if two else 1)
+        return [list(range(at * lane, (at + 1) * lane)) for at in range(2 if two else 1)]
 
     def check(self, denoiser: Any) -> None:
         """Raises LeapfrogError: unsupported_model, or bad_plan for more components than the denoiser has units."""

@@ -117,7 +117,7 @@ class Evaluate(HostMessage):
     For a component: ``layout`` numbers the layout of the inputs, with its ``flow`` when it is new. ``run`` and
     ``stream`` name the stale state to use; ``exact`` asks for a synchronous pipeline, otherwise what the earlier
     components made of this stream's previous evaluation is used, ``extrapolate`` continued by one step. ``measure``
-    asks how far that would have been from what was then used.
+    asks how far that would have been from what was then used. ``time`` is a factor for the timestep.
     """
 
     inputs: Payload | None = None
@@ -130,6 +130,7 @@ class Evaluate(HostMessage):
     exact: bool = True
     extrapolate: bool = False
     measure: bool = False
+    time: float = 1.0
 
 
 class Echo(HostMessage):

@@ -75,7 +75,7 @@ def needed_by(flow: Flow, bounds: Sequence[tuple[int, int]], position: int) -> l
     """Units of earlier components whose outputs the component at ``position`` reads."""
     first, last = bounds[position]
     read = {u for unit in range(first, last + 1) for u in flow.reads[unit]}
-    if position == len(bounds) - 1:
+    if last == len(flow.reads) - 1:
         read.update(flow.head)
     return sorted(u for u in read if u < first)
 

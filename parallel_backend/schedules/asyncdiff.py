@@ -2,6 +2,9 @@
 
 In an exact evaluation each component waits for the one before it (a synchronous pipeline). In an asynchronous one every
 component computes at once, on what the components before it produced at the previous evaluation of the same stream.
+
+With stride 2 one parallel batch serves two steps (section 3.3): a device more computes the last component for the first
+of the two, all others work for the second, whose result is there when its step comes.
 """
 
 from __future__ import annotations
@@ -19,15 +22,20 @@ class Stream:
     number: int
     evaluations: int = 0
     settled: bool = False
+    batches: int = 0
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a stream's next evaluation is to be done; with ``measure``, :meth:`Streams.drifted` is to be told."""
+    """How a stream's next evaluation is to be done; with ``measure``, :meth:`Streams.drifted` is to be told.
+
+    ``rest``: nothing is computed, the parallel batch of the evaluation before has the result.
+    """
 
     stream: int
     exact: bool
     measure: bool = False
+    rest: bool = False
 
 
 class Streams:
@@ -38,8 +46,9 @@ class Streams:
     ``warmup`` 0 they are exact until the states of one differ from those of the one before by at most ``bound``.
     """
 
-    def __init__(self, warmup: int, asynchronous: bool, bound: float):
+    def __init__(self, warmup: int, asynchronous: bool, bound: float, stride: int = 1):
         self._warmup = warmup
+        self._stride = stride
         self._asynchronous = asynchronous
         self._bound = bound
         self._streams: dict[Hashable, Stream] = {}
@@ -50,9 +59,11 @@ class Streams:
             return Evaluation(NO_STATE, exact=True)
         stream = self._streams.setdefault(key, Stream(len(self._streams)))
         stream.evaluations += 1
-        if self._warmup:
-            return Evaluation(stream.number, exact=stream.evaluations <= self._warmup)
-        return Evaluation(stream.number, exact=not stream.settled, measure=not stream.settled)
+        exact = stream.evaluations <= self._warmup if self._warmup else not stream.settled
+        if exact:
+            return Evaluation(stream.number, exact=True, measure=not self._warmup)
+        stream.batches += 1
+        return Evaluation(stream.number, exact=False, rest=stream.batches % self._stride != 1 % self._stride)
 
     def drifted(self, evaluation: Evaluation, drift: float) -> None:
         """What was measured in an evaluation: the relative distance of the states from those of the one before."""

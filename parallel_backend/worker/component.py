@@ -74,7 +74,7 @@ class Component:
         self._peers = list(peers)
         self._links = links
         self._position = self._peers.index(links.rank)
-        self._final = self._position == len(bounds) - 1
+        self._final = bounds[self._position] == bounds[-1]
         self._before_own_units = before_own_units
         self._layouts: dict[int, Layout] = {}
         self._streams: dict[int, StreamState] = {}

@@ -88,6 +88,7 @@ class Rank:
         self._arenas: dict[str, Arena] = {}
         self._held: Any = None
         self._step = 0
+        self._run = 0
         self._handlers: dict[type, Callable[[Any], RankMessage]] = {
             Trace: self._trace,
             Load: self._load,
@@ -142,7 +143,6 @@ class Rank:
             held = HeldDenoiser(message.recipe, message.cut, message.peers, self._links, self._device)
         held.patch(message.patches_id, self._tree(message.patches))
         self._held = held
-        self._step = 0
         return Loaded(
             nbytes=held.nbytes, shared=held.shared_bytes, units=held.unit_names, seconds=time.perf_counter() - began
         )
@@ -160,8 +160,14 @@ class Rank:
     def _evaluate(self, message: Evaluate) -> Done:
         assert message.inputs and self._held
         begin = time.perf_counter()
+        if message.run != self._run:
+            self._begin_run(message.run)
+        # what nodes put inside the denoiser may draw random numbers (ToMe): the same ones in every run
+        torch.manual_seed(self._step)
         self._links.sent, self._links.waited = 0, 0.0
         args, kwargs = self._held.inputs(self._tree(message.inputs))
+        if message.time != 1.0:
+            args = (args[0], args[1] * message.time, *args[2:])
         component, drift = self._held.component, 0.0
         if component:
             if message.flow:
@@ -178,6 +184,12 @@ class Rank:
             output=output, begin=begin, end=time.perf_counter(), waited=self._links.waited, sent=self._links.sent,
             drift=drift,
         )  # fmt: skip
+
+    def _begin_run(self, run: int) -> None:
+        from .models.inside_patches import forget
+
+        forget()
+        self._run, self._step = run, 0
 
     def _echo(self, message: Echo) -> Done:
         assert message.inputs

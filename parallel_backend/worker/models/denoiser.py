@@ -10,7 +10,7 @@ import torch
 from ...protocol import Cut, Recipe
 from ..component import Component
 from ..links import Links
-from .inputs import to_device
+from .inputs import forward_inputs, to_device
 from .loader import build, decode_patches, place_weights, weight_bytes
 from .taps import BeforeOwnUnits, take_out, tap, transformers_in
 
@@ -66,11 +66,7 @@ class HeldDenoiser:
         return self.nbytes - sum(weight_bytes(self.denoiser.get_submodule(name)) for name in self.unit_names)
 
     def inputs(self, tree: tuple[Any, Any]) -> tuple[Any, Any]:
-        """The forward's (args, kwargs) on this device, cast where the host computes in another precision than we do."""
-        args, kwargs = tree
-        own = self._patcher.model.get_dtype_inference()
-        dtype = own if args[0].dtype != own else None
-        args = (to_device(args[0], self._device, dtype), *to_device(args[1:], self._device, None))
-        kwargs = to_device(kwargs, self._device, dtype)
-        self._options = kwargs.get("transformer_options", {})
+        """The forward's (args, kwargs) on this device."""
+        args, kwargs = forward_inputs(tree, self._device, self._patcher.model.get_dtype_inference())
+        self._options = kwargs["transformer_options"]
         return args, kwargs

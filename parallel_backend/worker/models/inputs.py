@@ -1,10 +1,24 @@
-"""The inputs of a forward, brought to a rank's device."""
+"""The inputs of a forward, as they arrive, made into what ComfyUI's forward takes on a rank's device."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+
+from .inside_patches import rebuild
+
+
+def forward_inputs(tree: tuple[Any, Any], device: torch.device, own: torch.dtype) -> tuple[tuple, dict[str, Any]]:
+    """The forward's (args, kwargs), cast to ``own`` where the host computes in another precision than the rank."""
+    args, kwargs = tree
+    dtype = own if args[0].dtype != own else None
+    options = dict(kwargs.get("transformer_options", {}))
+    inside = options.pop("inside_patches", {})
+    args = (to_device(args[0], device, dtype), *to_device(args[1:], device, None))
+    kwargs = to_device({**kwargs, "transformer_options": options}, device, dtype)
+    kwargs["transformer_options"].update(rebuild(inside))
+    return args, kwargs
 
 
 def to_device(tree: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

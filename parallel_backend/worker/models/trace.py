@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ...protocol import Recipe, Traced, UnitTrace
 from ...tensors import DTYPES, flatten
 from ...units import Flow, Output, find_units
-from .inputs import to_device
+from .inputs import forward_inputs
 from .loader import build, weight_bytes
 from .taps import children_called
 
@@ -35,7 +35,6 @@ def trace(recipe: Recipe, tree: tuple[Any, Any], device: torch.device, units: Se
     """
     patcher = build(recipe, lambda _denoiser: [], read_weights=False)
     denoiser: torch.nn.Module = patcher.model.diffusion_model
-    dtype = patcher.model.get_dtype_inference()
     names = list(units) or find_units(denoiser)
     for parameter in denoiser.parameters():
         if parameter.numel() <= SMALL:
@@ -44,9 +43,9 @@ def trace(recipe: Recipe, tree: tuple[Any, Any], device: torch.device, units: Se
         _keep_small_parts_on(denoiser, names, device)
 
     def run(watch: Watch) -> Any:
-        args, kwargs = to_device(tree, device, None)
+        args, kwargs = forward_inputs(tree, device, patcher.model.get_dtype_inference())
         with watch:
-            return denoiser(args[0].to(dtype), *args[1:], **to_device(kwargs, device, dtype))
+            return denoiser(*args, **kwargs)
 
     first = Watch(denoiser, names, device, marking=True)
     result = run(first)
