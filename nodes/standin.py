@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import weakref
 from typing import Any
@@ -46,6 +47,8 @@ def _shell(dm: torch.nn.Module, twin: comfy.model_base.BaseModel, denoiser: Remo
 
     shell = copy.deepcopy(dm, memo={id(p): empty(p) for p in dm.parameters()})
 
+    takes_context_third = list(inspect.signature(type(dm).forward).parameters)[3:4] == ["context"]
+
     # Weak references: ComfyUI counts on a model being gone as soon as its last MODEL is.
     twin_ref, shell_ref = weakref.ref(twin), weakref.ref(shell)
 
@@ -56,9 +59,10 @@ def _shell(dm: torch.nn.Module, twin: comfy.model_base.BaseModel, denoiser: Remo
     # Not to be traced by torch.compile: what happens here happens in other processes.
     @torch.compiler.disable
     def forward(x: torch.Tensor, timesteps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        context = args or ((kwargs.pop("context"),) if "context" in kwargs else ())
         this: Any = shell_ref()
-        return run_wrapped(this, remote, (x, timesteps, *context), kwargs)
+        if takes_context_third and "context" in kwargs:
+            args = (kwargs.pop("context"), *args)  # where wrappers of the denoiser's own forward find it
+        return run_wrapped(this, remote, (x, timesteps, *args), kwargs)
 
     # ComfyUI moves models about with .to(); there is nothing to move
     shell.__dict__.update(forward=forward, _apply=lambda fn, recurse=True: shell_ref())

@@ -6,8 +6,6 @@ one, so that a result depends on every block, on the prompt and on the step.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +14,14 @@ import comfy.ops
 import comfy.taesd.taesd
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from pack import BUILD
+from seeded import Weights
+from seeded import cached as _cached
+from seeded import seeded as _seeded
 
-FOLDER = BUILD / "test-models"
-VERSION = 1
 CONTEXT = 768
 """Width of the prompts of both denoisers, CLIP-L's, which is also the width of the Flux's pooled prompt."""
-
-Weights = Mapping[str, torch.Tensor]
 
 
 def tiny_flux() -> Path:
@@ -86,27 +82,3 @@ def _unet() -> torch.nn.Module:
         context_dim=CONTEXT, use_spatial_transformer=True, use_linear_in_transformer=False, legacy=False,
         dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init,
     )  # fmt: skip
-
-
-def _seeded(model: torch.nn.Module, seed: int) -> Weights:
-    rng = torch.Generator().manual_seed(seed)
-    out = {}
-    for key, like in model.state_dict().items():
-        noise = torch.randn(like.shape, generator=rng)
-        if like.ndim > 1:
-            out[key] = noise * like[0].numel() ** -0.5
-        elif key.endswith(("weight", "scale")):
-            out[key] = 1 + 0.1 * noise
-        else:
-            out[key] = 0.1 * noise
-    return out
-
-
-def _cached(name: str, make: Callable[[], Weights]) -> Path:
-    path = FOLDER / f"{name}-{VERSION}.safetensors"
-    if not path.is_file():
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")
-        save_file(dict(make()), part, metadata={"format": "pt"})
-        os.replace(part, path)
-    return path

@@ -1,14 +1,13 @@
 """One component of a split denoiser on its rank: runs ComfyUI's own forward, answers for the units it does not hold.
 
 Every rank runs the whole forward. A unit of an earlier rank is absent here: its stand-in returns what arrived from
-that rank, or an empty meta tensor where nobody will look. After the last own unit the forward is left, except on the
+that rank, or an unknown tensor where nobody will look (``unknown.py``). After the last own unit the forward is left, except on the
 last rank, whose forward ends in the result. Small shared parts (embeddings, input and output layers) run on each
 rank and are never stale.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from ..tensors import DTYPES, flatten, unflatten
 from ..units import Flow, Output, needed_by, owner_of
 from .links import Incoming, Links
+from .unknown import Unknown, is_unknown
 
 Outputs = dict[int, list[torch.Tensor]]
 """The tensors of units' outputs, by unit."""
@@ -58,7 +58,7 @@ class Layout:
 class Component:
     """Units ``bounds[position]`` of a denoiser. ``forward`` is the denoiser's, units tapped and absences answered.
 
-    ``before_own_units`` is a context in which meta tensors may meet real ones. ``peers`` are the ranks of this lane.
+    ``peers`` are the ranks of this lane.
     """
 
     def __init__(
@@ -67,7 +67,6 @@ class Component:
         bounds: Sequence[tuple[int, int]],
         peers: Sequence[int],
         links: Links,
-        before_own_units: Callable[[], contextlib.AbstractContextManager[Any]],
     ):
         self._forward = forward
         self._bounds = list(bounds)
@@ -75,14 +74,12 @@ class Component:
         self._links = links
         self._position = self._peers.index(links.rank)
         self._final = bounds[self._position] == bounds[-1]
-        self._before_own_units = before_own_units
         self._layouts: dict[int, Layout] = {}
         self._streams: dict[int, StreamState] = {}
         self._run = 0
         self._layout: Layout | None = None
         self._answers: dict[int, Any] = {}
         self._made: dict[int, Any] = {}
-        self._prefix = contextlib.ExitStack()
 
     def answer(self, unit: int) -> Any:
         """What the stand-in of an absent unit returns."""
@@ -90,20 +87,25 @@ class Component:
             assert self._layout
             output = self._layout.outputs[unit]
             assert output is not None, "a unit that does not run was called"
-            self._answers[unit] = _tree(output, [_meta(*tensor) for tensor in output.tensors])
+            device = self._links.device
+            self._answers[unit] = _tree(output, [Unknown(_meta(*tensor), device) for tensor in output.tensors])
         return self._answers[unit]
 
-    def starting(self) -> None:
-        """Called before an own unit computes."""
-        self._prefix.close()
-
     def produced(self, unit: int, output: Any) -> None:
-        """Called with every output of an own unit."""
+        """Called with every output of an own unit.
+
+        Raises RuntimeError where it is not what was seen when the layout was traced.
+        """
         assert self._layout
+        seen = self._layout.outputs[unit]
+        tensors = flatten(output)[1]
+        if is_unknown(tensors):
+            raise RuntimeError(f"unit {unit} read what no rank sends to this one: its flow is not what was traced")
+        if seen is None or [tuple(t.shape) for t in tensors] != [tuple(shape) for _, shape in seen.tensors]:
+            raise RuntimeError(f"unit {unit} returned other shapes than were traced: something changes them on the way")
         leaves = unit != self._layout.last
         if any(unit in wanted for wanted in self._layout.sends.values()):
             # a copy where the forward goes on: it may add to the output in place (ControlNet, VACE) before it is sent
-            tensors = flatten(output)[1]
             self._made[unit] = [t.clone() for t in tensors] if leaves else tensors
         if unit == self._layout.last and not self._final:
             raise ComponentDone
@@ -147,13 +149,11 @@ class Component:
         result = None
         if now.first is not None or self._final:
             try:
-                if self._position:
-                    self._prefix.enter_context(self._before_own_units())
                 result = self._forward(*args, **kwargs)
             except ComponentDone:
                 pass
-            finally:
-                self._prefix.close()
+            if is_unknown(result):
+                raise RuntimeError("the result reads what no rank sends to this one: its flow is not what was traced")
         for other, wanted in now.sends.items():
             self._links.send(self._peers[other], [t for unit in wanted for t in self._made[unit]])
         self._answers, self._made = {}, {}

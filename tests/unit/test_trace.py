@@ -11,8 +11,8 @@ import torch
 import tiny_models
 from generation import TOKENS
 from leapfrog.parallel_backend.protocol import Recipe, Traced
-from leapfrog.parallel_backend.worker.models.taps import BeforeOwnUnits
 from leapfrog.parallel_backend.worker.models.trace import Watch, marks_of, trace
+from leapfrog.parallel_backend.worker.unknown import Unknown, is_unknown
 
 CPU = torch.device("cpu")
 
@@ -109,10 +109,22 @@ def test_the_units_of_a_cut_keep_their_numbers():
 
 
 def test_what_comes_of_the_unknown_is_unknown():
-    with BeforeOwnUnits():
-        unknown = torch.empty(2, 3, device="meta")
-        assert (torch.ones(2, 3) + unknown).is_meta
-        assert torch.cat([torch.ones(2, 3), unknown]).is_meta
-        assert torch.nn.functional.linear(unknown, torch.ones(4, 3)).is_meta
-        unknown[:, :2] += torch.ones(2, 2)
-        assert not (torch.ones(2) + torch.ones(2)).is_meta
+    unknown = Unknown(torch.empty(2, 3, device="meta"), CPU)
+    for made in (
+        torch.ones(2, 3) + unknown,
+        torch.cat([torch.ones(2, 3), unknown]),
+        torch.nn.functional.linear(unknown, torch.ones(4, 3)),
+        unknown.transpose(0, 1).reshape(6).to(torch.float16),
+    ):
+        assert is_unknown(made)
+        assert made.device == CPU
+    assert torch.nn.functional.linear(unknown, torch.ones(4, 3)).shape == (2, 4)
+    unknown[:, :2] += torch.ones(2, 2)
+    assert is_unknown({"a": [unknown]})
+
+
+def test_what_is_made_where_the_unknown_lies_is_real():
+    unknown = Unknown(torch.empty(2, 3, device="meta"), CPU)
+    ids = torch.arange(unknown.shape[1], device=unknown.device)
+    assert not is_unknown(ids)
+    assert ids.tolist() == [0, 1, 2]

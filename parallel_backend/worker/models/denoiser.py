@@ -12,7 +12,7 @@ from ..component import Component
 from ..links import Links
 from .inputs import forward_inputs, to_device
 from .loader import build, decode_patches, place_weights, weight_bytes
-from .taps import BeforeOwnUnits, take_out, tap, transformers_in
+from .taps import take_out, tap, transformers_in
 
 
 class HeldDenoiser:
@@ -38,7 +38,7 @@ class HeldDenoiser:
         first, last = bounds[self.peers.index(self._links.rank)]
         absent = [i for i in range(len(units)) if not first <= i <= last]
         self.unit_names = units[first : last + 1]
-        self.component = component = Component(denoiser.forward, bounds, self.peers, self._links, BeforeOwnUnits)
+        self.component = component = Component(denoiser.forward, bounds, self.peers, self._links)
         transformers = {i: transformers_in(denoiser.get_submodule(units[i])) for i in absent}
 
         def answer(index: int) -> Any:
@@ -47,7 +47,7 @@ class HeldDenoiser:
             return component.answer(index)
 
         take_out(denoiser, units, absent, answer)
-        tap(denoiser, units, range(first, last + 1), component.starting, component.produced)
+        tap(denoiser, units, range(first, last + 1), component.produced)
         return [units[i] for i in absent]
 
     def patch(self, patches_id: str, tree: dict[str, Any]) -> None:

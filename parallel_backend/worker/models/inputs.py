@@ -12,7 +12,8 @@ from .inside_patches import rebuild
 def forward_inputs(tree: tuple[Any, Any], device: torch.device, own: torch.dtype) -> tuple[tuple, dict[str, Any]]:
     """The forward's (args, kwargs), cast to ``own`` where the host computes in another precision than the rank."""
     args, kwargs = tree
-    dtype = own if args[0].dtype != own else None
+    x = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+    dtype = own if x.dtype != own else None
     options = dict(kwargs.get("transformer_options", {}))
     inside = options.pop("inside_patches", {})
     args = (to_device(args[0], device, dtype), *to_device(args[1:], device, None))

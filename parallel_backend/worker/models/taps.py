@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
-from torch.overrides import TorchFunctionMode
 
 
 class Absence(torch.nn.Module):
@@ -27,37 +26,6 @@ class Absence(torch.nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["original"], name)
-
-
-class BeforeOwnUnits(TorchFunctionMode):
-    """While it is on, what is computed from an absent unit's unknown output (a meta tensor) is unknown too.
-
-    ComfyUI's code between the units mixes those with real tensors: a ControlNet's, or what other units returned.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if _any_unknown(args) or _any_unknown(kwargs.values()):
-            args, kwargs = _unknown(args), _unknown(kwargs)
-        return func(*args, **kwargs)
-
-
-def _any_unknown(values: Any) -> bool:
-    return any(
-        (isinstance(v, torch.Tensor) and v.is_meta) or (isinstance(v, list | tuple) and _any_unknown(v)) for v in values
-    )
-
-
-def _unknown(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value if value.is_meta else torch.empty_like(value, device="meta")
-    if isinstance(value, dict):
-        return {k: _unknown(v) for k, v in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_unknown, value))
-    if isinstance(value, list | tuple):
-        return type(value)(map(_unknown, value))
-    return value
 
 
 def transformers_in(unit: torch.nn.Module) -> int:
@@ -81,17 +49,11 @@ def take_out(
 
 
 def tap(
-    denoiser: torch.nn.Module,
-    units: Sequence[str],
-    held: Sequence[int],
-    starting: Callable[[], None],
-    produced: Callable[[int, Any], None],
+    denoiser: torch.nn.Module, units: Sequence[str], held: Sequence[int], produced: Callable[[int, Any], None]
 ) -> None:
-    """Call ``starting()`` before any held unit computes and ``produced(index, output)`` after it has; the latter may
-    raise to leave the forward."""
+    """Call ``produced(index, output)`` whenever a held unit has computed; it may raise to leave the forward."""
     for index in held:
-        first, last = children_called(denoiser.get_submodule(units[index]))
-        first.register_forward_pre_hook(lambda _m, _a: starting())
+        _, last = children_called(denoiser.get_submodule(units[index]))
         last.register_forward_hook(lambda _m, _a, output, index=index: produced(index, output))
 
 

@@ -190,6 +190,7 @@ def _mark(tensor: torch.Tensor, marks: frozenset[int]) -> None:
 
 
 def tensors_of(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors in a tree, and in plain objects in it: ComfyUI hands modulations over in such."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
@@ -198,6 +199,10 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_of(item)
+    elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module | type) and not callable(value):
+        yield from tensors_of(vars(value))
+    elif hasattr(value, "__slots__"):
+        yield from tensors_of([getattr(value, name, None) for name in value.__slots__])
 
 
 def marks_of(value: Any) -> frozenset[int]:
