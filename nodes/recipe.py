@@ -7,6 +7,8 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.cli_args
+import comfy.hooks
+import comfy.lora
 import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
@@ -51,9 +53,11 @@ def recipe_of(model: comfy.model_patcher.ModelPatcher) -> Recipe:
     return Recipe.of(name, args[0], options or {})
 
 
-def patches_of(model: comfy.model_patcher.ModelPatcher) -> tuple[str, dict[str, Any]]:
-    """A MODEL's weight patches (LoRA and the like): an id that changes with them, and a tree that can travel.
+def patches_of(model: comfy.model_patcher.ModelPatcher) -> Patches:
+    """A MODEL's weight patches (LoRA and the like): an id that changes with them, a tree that can travel, and the new
+    shapes of weights that they widen.
 
+    The weight hooks of the conditioning that is evaluated now are among them, at their strength of the moment.
     Raises LeapfrogError unsupported_patch naming what cannot travel; nothing is dropped.
     """
     for kind in ("weight_wrapper_patches", "injections"):
@@ -61,18 +65,54 @@ def patches_of(model: comfy.model_patcher.ModelPatcher) -> tuple[str, dict[str, 
             raise LeapfrogError.of("unsupported_patch", f"This MODEL carries {kind}, which cannot travel to a rank.")
     for name in model.object_patches:
         if name.startswith("diffusion_model.") or name == "manual_cast_dtype":
-            raise LeapfrogError.of("unsupported_patch", f"This MODEL replaces '{name}', which cannot travel to a rank.")
-    if not model.patches:
-        return "", {}
-    known = _trees.get(model)
-    if known is None or known[0] != str(model.patches_uuid):
-        tree = {key: [_plain_patch(key, patch) for patch in patches] for key, patches in model.patches.items()}
-        known = _trees[model] = (str(model.patches_uuid), tree)
-    return known
+            by = " (ModelComputeDtype)" if name == "manual_cast_dtype" else ""
+            raise LeapfrogError.of(
+                "unsupported_patch", f"This MODEL replaces '{name}'{by}, which cannot travel to a rank."
+            )
+    strengths = _hook_strengths(model)
+    if not model.patches and not strengths:
+        return "", {}, {}
+    version, trees = _trees.get(model, ("", {}))
+    if version != str(model.patches_uuid):
+        version, trees = _trees[model] = str(model.patches_uuid), {}
+    if strengths not in trees:
+        hooked = model.get_combined_hook_patches(model.current_hooks) if model.current_hooks else {}
+        patches = {key: [*model.patches.get(key, []), *hooked.get(key, [])] for key in {**model.patches, **hooked}}
+        tree = {key: [_plain_patch(key, patch) for patch in several] for key, several in patches.items()}
+        name = "".join([version, *(f" hook {hook}: {strength}" for hook, strength in strengths)])
+        trees[strengths] = name, tree, reshaped_by(model)
+    return trees[strengths]
 
 
-# A call of the denoiser asks for the patches each time; ComfyUI gives them a new id whenever they change.
-_trees: WeakKeyDictionary[comfy.model_patcher.ModelPatcher, tuple[str, dict[str, Any]]] = WeakKeyDictionary()
+# A call of the denoiser asks for the patches each time. ComfyUI gives a MODEL a new patches_uuid whenever patches or
+# hooks are added; hooks that it has may be on or off and change their strength from step to step.
+HookStrengths = tuple[tuple[int, float], ...]
+Patches = tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]
+_trees: WeakKeyDictionary[comfy.model_patcher.ModelPatcher, tuple[str, dict[HookStrengths, Patches]]] = (
+    WeakKeyDictionary()
+)
+
+
+def reshaped_by(model: comfy.model_patcher.ModelPatcher) -> dict[str, tuple[int, ...]]:
+    """The weights whose shape a MODEL's patches change (Flux control LoRAs widen the first layer), and their shapes."""
+    shapes = {}
+    for key, patches in model.patches.items():
+        if not key.startswith("diffusion_model."):
+            continue
+        weight = model.backup[key].weight if key in model.backup else comfy.utils.get_attr(model.model, key)
+        shape = tuple(comfy.lora.calculate_shape(patches, weight, key))
+        if shape != tuple(weight.shape):
+            shapes[key] = shape
+    return shapes
+
+
+def _hook_strengths(model: comfy.model_patcher.ModelPatcher) -> HookStrengths:
+    """The weight hooks that ComfyUI has switched on, as ``(number among the MODEL's hooks, strength)``."""
+    if model.current_hooks is None:
+        return ()
+    known = list(model.hook_patches)
+    active = model.current_hooks.get_type(comfy.hooks.EnumHookType.Weight)
+    return tuple((known.index(hook.hook_ref), float(hook.strength)) for hook in active if hook.hook_ref in known)
 
 
 def _plain_patch(key: str, patch: tuple) -> tuple:
@@ -80,6 +120,15 @@ def _plain_patch(key: str, patch: tuple) -> tuple:
     if function is not None and function is not comfy.utils.swap_scale_shift:
         raise LeapfrogError.of(
             "unsupported_patch", f"The patch of {key} runs a function, which cannot travel to a rank."
+        )
+    if isinstance(value, list):
+        raise LeapfrogError.of(
+            "unsupported_patch", f"This MODEL is merged of several (ModelMerge): {key} needs weights of another one."
+        )
+    if isinstance(value, tuple) and isinstance(value[0], str) and value[0] == "model_as_lora":
+        raise LeapfrogError.of(
+            "unsupported_patch",
+            f"A conditioning's hook is a whole model (Create Hook Model as LoRA): {key} is no small patch.",
         )
     if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
         value = {

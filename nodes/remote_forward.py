@@ -58,9 +58,9 @@ def refuse_inside(options: dict[str, Any], denoiser: Remote) -> None:
 
 def refuse_hooks(hooks: comfy.hooks.HookGroup | None) -> None:
     """Raises LeapfrogError unsupported_patch where a conditioning changes the weights."""
-    if hooks is not None:
+    if hooks is not None and hooks.get_type(comfy.hooks.EnumHookType.Weight):
         raise LeapfrogError.of(
-            "unsupported_patch", "A conditioning carries weight hooks, which cannot travel to a rank."
+            "unsupported_patch", "A conditioning carries weight hooks, which ParaStep Sampler cannot apply."
         )
 
 
@@ -74,7 +74,8 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     going = travelling_options(options)
     refuse_inside(going, denoiser)
     tick = comfy.model_management.throw_exception_if_processing_interrupted
-    refuse_hooks(patcher.current_hooks)
+    if isinstance(denoiser, LanesDenoiser):
+        refuse_hooks(patcher.current_hooks)
     patches = patches_of(patcher)
     tree = (args, {**kwargs, "transformer_options": going})
     try:

@@ -6,16 +6,21 @@ import copy
 import inspect
 import logging
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import comfy.hooks
 import comfy.model_base
 import comfy.model_patcher
 import comfy.patcher_extension
+import comfy.utils
 import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS
 
 from ..parallel_backend import SplitDenoiser
-from .remote_forward import RUN, Remote, Run, evaluate, refuse_hooks, run_wrapped
+from .host_weights import refuse_host_weights
+from .recipe import reshaped_by
+from .remote_forward import RUN, Remote, Run, evaluate, run_wrapped
 
 log = logging.getLogger("leapfrog")
 
@@ -69,6 +74,13 @@ def _shell(dm: torch.nn.Module, twin: comfy.model_base.BaseModel, denoiser: Remo
     return shell
 
 
+class Original(NamedTuple):
+    """A parameter to put back when a MODEL is unpatched, as ComfyUI keeps it."""
+
+    weight: torch.nn.Parameter
+    inplace_update: bool = False
+
+
 class StandInPatcher(comfy.model_patcher.ModelPatcher):
     """A MODEL whose weights are in the pool. ComfyUI's memory manager sees what the pool holds on the host's device
     and can free it: part of it means the weights in the ranks, all of it means the ranks."""
@@ -78,6 +90,9 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         """The stand-in for a MODEL, with everything attached to it (patches, options, wrappers, hooks)."""
         seed = cls.__new__(cls)
         twin = weightless(model.model, denoiser)
+        for key, kept in model.backup.items():  # patches may have widened what the shell was made after
+            if kept.weight.shape != comfy.utils.get_attr(twin, key).shape and key.startswith("diffusion_model."):
+                comfy.utils.set_attr_param(twin, key, torch.empty_like(kept.weight, device="meta"))
         twin.__dict__["leapfrog"] = denoiser
         seed.__dict__ = {**model.__dict__, "model": twin}
         made: Any = seed.clone(model_override=(twin, ({}, {}, {}, set())))
@@ -88,6 +103,9 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
             log.warning(
                 "Leapfrog: MultiGPU CFG Split in front of Async UNet Split is left out; the split has the GPUs."
             )
+        # it would put the host's own denoiser back in place of the stand-in
+        made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
+        made.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "leapfrog", refuse_host_weights)
         return made
 
     @property
@@ -107,7 +125,15 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
 
     def load(self, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
              full_load: bool = False) -> None:  # fmt: skip
-        """Nothing to move here: the ranks load when the first call tells them the shapes."""
+        """Nothing to move here: the ranks load when the first call tells them the shapes.
+
+        Only the shapes that patches change are changed: ComfyUI asks the first layer how many channels it takes.
+        """
+        for key, shape in reshaped_by(self).items():
+            if key not in self.backup:
+                weight = comfy.utils.get_attr(self.model, key)
+                self.backup[key] = Original(weight)
+                comfy.utils.set_attr_param(self.model, key, torch.empty(shape, dtype=weight.dtype, device="meta"))
         self.model.device = device_to
         self.model.current_weight_patches_uuid = self.patches_uuid
         for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
@@ -125,13 +151,16 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         return result
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup | None) -> None:
-        refuse_hooks(hooks)
+        """Remember the hooks of the conditioning that comes next; the ranks bake them into their weights."""
+        self.current_hooks = hooks
 
     def unpatch_hooks(self, whitelist_keys_set: set[str] | None = None) -> None:
-        """No hook was ever applied."""
+        self.current_hooks = None
 
     def pre_run(self) -> None:
         super().pre_run()
+        if TORCH_COMPILE_KWARGS in self.model_options:
+            log.warning("Leapfrog: TorchCompileModel has no effect on a split model; the ranks compute uncompiled.")
         self.attachments[RUN] = Run(self.denoiser)
         self.denoiser.begin_run()
 

@@ -31,8 +31,9 @@ TRACE_ROUNDS = 3
 WHOLE = frozenset(("inside_patches", "sample_sigmas"))
 
 
-# Weight patches (LoRA and the like) to bake into the ranks' weights: an id that changes whenever they do, and a tree.
-Patches = tuple[str, dict[str, Any]]
+# Weight patches (LoRA and the like) to bake into the ranks' weights: an id that changes whenever they do, a tree, and
+# the new shapes of weights that they widen.
+Patches = tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]
 # The timesteps of the steps before and after the current one, as multiples of its own.
 Times = tuple[float, float]
 
@@ -205,7 +206,7 @@ def _room_for_output(x: Any) -> int:
     return elements * 8 + 64 & ~63
 
 
-def _layout_key(payload: Payload) -> str:
+def _layout_of(payload: Payload) -> str:
     """What decides the flow between units and the shapes in it: shapes, structure, code inside the denoiser."""
 
     def structure(node: Any) -> Any:
@@ -234,7 +235,7 @@ class SplitDenoiser(RemoteDenoiser):
     """Async UNet Split: each rank holds one component; with guidance, two lanes of components share the rows."""
 
     title = "Async UNet Split"
-    _traces: ClassVar[dict[Hashable, dict[int, Traced]]] = {}
+    _traces: ClassVar[dict[tuple[Recipe, tuple[str, ...], str], dict[int, Traced]]] = {}
     _units: ClassVar[dict[Recipe, list[str]]] = {}
 
     def __init__(self, plan: SplitPlan, recipe: Recipe, host: ComfyHost):
@@ -307,7 +308,7 @@ class SplitDenoiser(RemoteDenoiser):
         self, pool: Pool, lanes: list[Lane], payloads: list[Payload], out: int, x: Any, stream: Hashable,
         times: Times, tick: Tick,
     ) -> Pending:  # fmt: skip
-        number, flow = self._layout(pool, payloads[0], tick) if self.components > 1 else (0, None)
+        number, flow = self._layout(pool, payloads[0]) if self.components > 1 else (0, None)
         learnt: set[tuple[int, int]] = pool.memory.setdefault("learnt", set())
         how = self._streams.next((stream, number))
         if how.rest:
@@ -355,9 +356,14 @@ class SplitDenoiser(RemoteDenoiser):
         same = recipe == self.recipe and lanes == self._lanes
         asked = False
         wanted = cut if same else None
-        if self.components > 1 and (wanted is None or self._first_of_run):
-            traces, asked = self._measure(pool, payload, tick)
-            wanted = choose_cut(traces, self._lanes, self.plan.cut, self.plan.stride, wanted)
+        if self.components > 1:
+            starts = wanted is None or not self.report or not self.report.calls
+            traces, asked = self._trace(pool, payload, patches, every_rank=starts, tick=tick)
+            if wanted and wanted.units != self._units[self.recipe]:
+                starts, wanted = True, None
+                traces, asked = self._trace(pool, payload, patches, every_rank=True, tick=tick)
+            if starts:
+                wanted = choose_cut(traces, self._lanes, self.plan.cut, self.plan.stride, wanted)
         if same and wanted == cut and patches_id == patches[0]:
             loaded = pool.memory["loaded"][1]
         else:
@@ -369,34 +375,40 @@ class SplitDenoiser(RemoteDenoiser):
         self.report.loaded = loaded
         return asked
 
-    @property
-    def _first_of_run(self) -> bool:
-        return not self.report or not self.report.calls
+    def _trace(
+        self, pool: Pool, payload: Payload, patches: Patches, every_rank: bool, tick: Tick
+    ) -> tuple[list[Traced], bool]:
+        """What ranks saw of the denoiser with inputs of this layout, and whether they had to look now.
 
-    def _measure(self, pool: Pool, payload: Payload, tick: Tick) -> tuple[list[Traced], bool]:
-        """Unit times of every rank for these inputs, and whether they had to be measured now."""
-        known = self._traces.setdefault((self.recipe, self.devices, _layout_key(payload)), {})
-        ranks = range(len(self.devices))
-        if len(known) == len(ranks):
-            return [known[rank] for rank in ranks], False
+        Every rank measures unit times; one rank alone is asked for the flow only.
+        """
+        known = self._traces.setdefault(self._layout_key(payload), {})
+        ranks = range(len(self.devices)) if every_rank else self._lanes[0][:1]
+        if all(rank in known for rank in ranks) or (known and not every_rank):
+            return [known[rank] for rank in sorted(known)], False
         units = self._units.get(self.recipe, [])
-        message = {r: Trace(recipe=self.recipe, inputs=payload, units=units, rounds=TRACE_ROUNDS) for r in ranks}
+        rounds = TRACE_ROUNDS if every_rank else 0
+        trace = Trace(recipe=self.recipe, inputs=payload, units=units, rounds=rounds, shapes=patches[2])
         began = time.monotonic()
-        known.update(pool.request(message, step_timeout_s(), tick, using=payload))
-        self._units[self.recipe] = [unit.path for unit in known[0].units]
-        log.info("Leapfrog: measured %d units in %.1f s", len(known[0].units), time.monotonic() - began)
-        return [known[rank] for rank in ranks], True
+        seen = pool.request(dict.fromkeys(ranks, trace), step_timeout_s(), tick, using=payload)
+        first: Traced = next(iter(seen.values()))
+        self._units[self.recipe] = [unit.path for unit in first.units]
+        if units and units != self._units[self.recipe]:
+            # a unit runs several times in a call of this kind, so nobody can hold it alone: all is to be cut anew
+            for key in [key for key in self._traces if key[0] == self.recipe]:
+                del self._traces[key]
+        self._traces.setdefault(self._layout_key(payload), {}).update(seen)
+        log.info("Leapfrog: watched %d units in %.1f s", len(first.units), time.monotonic() - began)
+        return [seen[rank] for rank in ranks], True
 
-    def _layout(self, pool: Pool, payload: Payload, tick: Tick) -> tuple[int, Flow]:
+    def _layout_key(self, payload: Payload) -> tuple[Recipe, tuple[str, ...], str]:
+        return self.recipe, self.devices, _layout_of(payload)
+
+    def _layout(self, pool: Pool, payload: Payload) -> tuple[int, Flow]:
         """The number of these inputs' layout, and what flows between units in it."""
-        key = (self.recipe, self.devices, _layout_key(payload))
-        known = self._traces.setdefault(key, {})
-        if not known:
-            rank = self._lanes[0][0]
-            trace = Trace(recipe=self.recipe, inputs=payload, units=self._units[self.recipe])
-            known.update(pool.request({rank: trace}, step_timeout_s(), tick, using=payload))
+        key = self._layout_key(payload)
         layouts: dict[Hashable, int] = pool.memory.setdefault("layouts", {})
-        return layouts.setdefault(key, len(layouts)), next(iter(known.values())).flow
+        return layouts.setdefault(key, len(layouts)), next(iter(self._traces[key].values())).flow
 
 
 def _first(x: Any) -> torch.Tensor:

@@ -81,13 +81,15 @@ class Join(HostMessage):
 class Trace(HostMessage):
     """Watch the recipe's denoiser run on these inputs, on weights that are never read.
 
-    ``units`` are those of the cut where there is one, else they are found. Times are the best of ``rounds``.
+    ``units`` are those of the cut where there is one, else they are found. Times are the best of ``rounds``. ``shapes``
+    are those of weights that patches will widen.
     """
 
     recipe: Recipe | None = None
     inputs: Payload | None = None
     units: list[str] = []
     rounds: int = 0
+    shapes: dict[str, tuple[int, ...]] = {}
 
 
 class Cut(msgspec.Struct, frozen=True):

@@ -1,9 +1,9 @@
 """One component of a split denoiser on its rank: runs ComfyUI's own forward, answers for the units it does not hold.
 
 Every rank runs the whole forward. A unit of an earlier rank is absent here: its stand-in returns what arrived from
-that rank, or an unknown tensor where nobody will look (``unknown.py``). After the last own unit the forward is left, except on the
-last rank, whose forward ends in the result. Small shared parts (embeddings, input and output layers) run on each
-rank and are never stale.
+that rank, or an unknown tensor where nobody will look (``unknown.py``). After the last own unit the forward is left,
+except on the last rank, whose forward ends in the result. Small shared parts (embeddings, input and output layers) run
+on each rank and are never stale.
 """
 
 from __future__ import annotations

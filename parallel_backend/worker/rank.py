@@ -130,7 +130,8 @@ class Rank:
         from .models.trace import trace
 
         assert message.recipe and message.inputs
-        return trace(message.recipe, self._tree(message.inputs), self._device, message.units, message.rounds)
+        tree = self._tree(message.inputs)
+        return trace(message.recipe, tree, self._device, message.units, message.rounds, message.shapes)
 
     def _load(self, message: Load) -> Loaded:
         from .models.denoiser import HeldDenoiser

@@ -33,7 +33,8 @@ def main() -> None:
     count = 0
     while True:
         inputs = ((x, step, torch.randn(1, 16, 768)), options)
-        denoiser.result(denoiser.submit(inputs, x, [0], "a stream", (1.0, 1.0), ("", {}), lambda: None), lambda: None)
+        sent = denoiser.submit(inputs, x, [0], "a stream", (1.0, 1.0), ("", {}, {}), lambda: None)
+        denoiser.result(sent, lambda: None)
         count += 1
         if count == 3:
             pool = denoiser._pool

@@ -21,6 +21,7 @@ import comfy.sd
 import pytest
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from safetensors.torch import save_file
 
 import tiny_models
 from generation import Request, generate, noise, prompt
@@ -402,7 +403,7 @@ def test_gligen_is_refused():
 def test_a_hypernetwork_is_refused(tmp_path: Path):
     # ComfyUI's own loader makes the patch, of a class that exists inside a function only
     file = tmp_path / "empty.safetensors"
-    tiny_models.save_file({"x": torch.zeros(1)}, file)
+    save_file({"x": torch.zeros(1)}, file)
     message = refusal(node("hypernetwork", "load_hypernetwork_patch")(str(file), 1.0))
     assert "load_hypernetwork_patch.<locals>.hypernetwork_patch" in message
 

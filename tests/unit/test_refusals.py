@@ -14,6 +14,7 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
+from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from safetensors.torch import load_file
 
@@ -124,8 +125,13 @@ def test_a_file_that_is_gone(tmp_path: Path, run: Any):
 
 def test_a_merged_model(model: Any, run: Any):
     merged = ModelMergeSimple().merge(model, load("flux").clone(), 0.5)[0]
-    with Refused("unsupported_patch", "diffusion_model."):
+    with Refused("unsupported_patch", "ModelMerge"):
         run(merged)
+
+
+def test_another_precision(model: Any, run: Any):
+    with Refused("unsupported_patch", "ModelComputeDtype"):
+        run(ModelComputeDtype().patch(model, "bf16")[0])
 
 
 def test_a_patch_that_runs_a_function(model: Any, run: Any):
@@ -166,11 +172,18 @@ def test_another_attention(model: Any, run: Any):
         run(model)
 
 
-def test_weight_hooks_on_a_conditioning(model: Any, run: Any):
+def test_weight_hooks_on_a_conditioning_in_rounds(model: Any):
     lora = load_file(tiny_models.tiny_lora())
     hooked = comfy.hooks.set_hooks_for_conditioning(prompt(1), comfy.hooks.create_hook_lora(lora, 1.0, 0.0))
-    with Refused("unsupported_patch", "hooks"):
-        run(model, positive=hooked)
+    with Refused("unsupported_patch", "weight hooks, which ParaStep Sampler cannot apply"):
+        generate(model, Request(), parastep(2), positive=hooked)
+
+
+def test_a_whole_model_as_a_hook(model: Any):
+    whole = comfy.hooks.get_patch_weights_from_model(load("flux"))
+    hook = comfy.hooks.create_hook_model_as_lora(whole, None, 0.5, 0.0)
+    with Refused("unsupported_patch", "Create Hook Model as LoRA"):
+        generate(split(model), Request(), positive=comfy.hooks.set_hooks_for_conditioning(prompt(1), hook))
 
 
 def test_a_split_split_again(model: Any):

@@ -68,7 +68,7 @@ def test_what_a_unit_reads_is_seen_through_the_code_in_between(between: Any, rea
 
 
 def traced(path: Any, args: tuple, kwargs: dict, units: Any = (), rounds: int = 1) -> Traced:
-    return trace(Recipe.of("diffusion_model", str(path), {}), (args, kwargs), CPU, units, rounds)
+    return trace(Recipe.of("diffusion_model", str(path), {}), (args, kwargs), CPU, units, rounds, {})
 
 
 def test_a_flux_is_a_chain():

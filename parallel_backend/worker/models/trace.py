@@ -6,7 +6,7 @@ Weights are neither read nor resident meanwhile: on a CPU they are untouched mem
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,16 +27,22 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # Inference tensors do not tell whether they were changed in place.
 @torch.inference_mode(False)
 @torch.no_grad()
-def trace(recipe: Recipe, tree: tuple[Any, Any], device: torch.device, units: Sequence[str], rounds: int) -> Traced:
+def trace(
+    recipe: Recipe, tree: tuple[Any, Any], device: torch.device, units: Sequence[str], rounds: int,
+    shapes: Mapping[str, Sequence[int]],
+) -> Traced:  # fmt: skip
     """The flow of the recipe's denoiser for these inputs, and unit times, the best of ``rounds``.
 
-    ``units`` are the units that a cut was made of; where empty they are found, and those that do not run exactly once
-    are left out, in the order in which they run.
+    ``units`` are the units that a cut was made of; where empty they are found, and those that do not run are left out.
+    In the order in which they run; those that run several times are always left out. ``shapes`` are those of weights
+    that patches will widen.
     """
     patcher = build(recipe, lambda _denoiser: [], read_weights=False)
     denoiser: torch.nn.Module = patcher.model.diffusion_model
     names = list(units) or find_units(denoiser)
-    for parameter in denoiser.parameters():
+    for name, parameter in denoiser.named_parameters():
+        if wider := shapes.get(f"diffusion_model.{name}"):
+            parameter.data = parameter.data.new_empty(wider)
         if parameter.numel() <= SMALL:
             parameter.data.zero_()  # recycled memory may hold numbers that are slow to compute with; large one is fresh
     if device.type != "cpu":
@@ -49,8 +55,9 @@ def trace(recipe: Recipe, tree: tuple[Any, Any], device: torch.device, units: Se
 
     first = Watch(denoiser, names, device, marking=True)
     result = run(first)
-    if not units and set(first.calls) != {1}:
-        names = [name for name, calls in zip(names, first.calls, strict=True) if calls == 1]
+    able = [name for name, calls in zip(names, first.calls, strict=True) if calls == 1 or (units and calls == 0)]
+    if able != names:
+        names = able
         first = Watch(denoiser, names, device, marking=True)
         result = run(first)
     order = list(range(len(names))) if units else first.order
@@ -201,8 +208,8 @@ def tensors_of(value: Any) -> Iterator[torch.Tensor]:
             yield from tensors_of(item)
     elif hasattr(value, "__dict__") and not isinstance(value, torch.nn.Module | type) and not callable(value):
         yield from tensors_of(vars(value))
-    elif hasattr(value, "__slots__"):
-        yield from tensors_of([getattr(value, name, None) for name in value.__slots__])
+    elif hasattr(type(value), "__slots__"):
+        yield from tensors_of([getattr(value, name, None) for name in getattr(type(value), "__slots__", ())])
 
 
 def marks_of(value: Any) -> frozenset[int]:
