@@ -26,6 +26,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 MISSING = {
     "browser": None if CHROMIUM else "no Chromium is installed",
     "gpu": None if has_gpu() else "PyTorch sees no CUDA device",
+    "full_size": None if os.environ.get("LEAPFROG_FULL_SIZE") == "1" else "minutes and gigabytes: `make families`",
 }
 """Folder -> why its tests cannot run here, None where they can."""
 
@@ -37,6 +38,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(folder)
         if reason := MISSING.get(folder):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish() -> None:
+    import family_table
+
+    family_table.write()
 
 
 @pytest.fixture(scope="session")

@@ -136,11 +136,10 @@ def load(family: Family) -> Any:
     return comfy.sd.load_diffusion_model(str(path(family)))
 
 
-def for_ranks(environ: Any = os.environ) -> None:
-    """Let processes started from now on load the narrowed families."""
+def for_ranks(patch: Any) -> None:
+    """Let processes started while this MonkeyPatch holds load the narrowed families."""
     site = str(Path(narrowed.__file__).parent / "rank_site")
-    known = [entry for entry in environ.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != site]
-    environ["PYTHONPATH"] = os.pathsep.join([site, *known])
+    patch.setenv("PYTHONPATH", site, prepend=os.pathsep)
 
 
 def prompt(family: Family, seed: int) -> Conditioning:

@@ -1,0 +1,93 @@
+"""Async UNet Split on a small denoiser of every transformer family, with 2, 3 and 4 components."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+import families
+import family_table
+from families import FAMILIES, QUICK, Family
+from generation import distance
+from leapfrog.parallel_backend import LeapfrogError, supervisor
+from ranks import EXACT, split, the_pool
+
+# What ComfyUI itself asks of a denoiser's weights outside its forward, and objects in its inputs.
+REFUSED = {
+    "ltxav_text": "computes with the denoiser's weights outside the ranks",
+    "minimax_h3_text": "computes with the denoiser's weights outside the ranks",
+    "minimax_h3": "PackedLayout, which cannot travel",
+}
+# Its first component encodes the prompt, which is the same in every step: nothing in it can be stale.
+ENCODES_FIRST = "ace_step15"
+SERVED = [name for name in QUICK if name not in REFUSED]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ranks_that_know_narrowed_files(monkeypatch_module: pytest.MonkeyPatch) -> Iterator[None]:
+    supervisor.close_all()
+    families.for_ranks(monkeypatch_module)
+    yield
+    supervisor.close_all()
+
+
+@pytest.fixture(scope="module")
+def monkeypatch_module() -> Iterator[pytest.MonkeyPatch]:
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(autouse=True)
+def inference_mode() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+@cache
+def model_of(name: str) -> Any:
+    return families.load(FAMILIES[name])
+
+
+@cache
+def reference(name: str) -> torch.Tensor:
+    return families.sample(model_of(name), FAMILIES[name])
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_exact_mode_is_comfyui(ranks: int, name: str):
+    family = FAMILIES[name]
+    ours = families.sample(split(model_of(name), ranks=ranks, mode="exact"), family)
+    off = distance(ours, reference(name))
+    cut = the_pool().memory["loaded"][0][1]
+    assert len(cut.bounds) == ranks
+    family_table.add(name, units=len(cut.units), exact={ranks: off})
+    assert off < EXACT
+
+
+@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("mode", ["asyncdiff", "lookahead"])
+def test_asynchronous_modes_run_and_repeat(mode: str, name: str):
+    """Random weights drift too far to be close; that both are close on a trained model is tested elsewhere."""
+    family: Family = FAMILIES[name]
+    model = split(model_of(name), mode=mode, warmup=1, drift_bound=1.0)
+    ours = families.sample(model, family, steps=6)
+    assert torch.isfinite(ours).all()
+    theirs = families.sample(model_of(name), family, steps=6)
+    if name != ENCODES_FIRST or mode == "lookahead":
+        assert distance(ours, theirs) > EXACT, "no step was asynchronous"
+    assert torch.equal(families.sample(model, family, steps=6), ours)
+    family_table.add(name, tested=[mode])
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_split_is_refused_by_name(name: str):
+    with pytest.raises(LeapfrogError) as caught:
+        families.sample(split(model_of(name), mode="exact"), FAMILIES[name])
+    assert caught.value.report.code == "unsupported_patch"
+    assert REFUSED[name] in str(caught.value)
+    family_table.add(name, refused=REFUSED[name])
