@@ -48,7 +48,7 @@ def choose_cut(
     except ValueError as error:
         raise LeapfrogError.of("bad_plan", f"{error}.") from None
     share = slowest_share(costs, bounds, stem=stem, head=head)
-    if current and current.units == units and len(current.bounds) == len(lanes[0]):
+    if current and current.units == units and _held_twice(current) == twins and len(current.bounds) == len(lanes[0]):
         now = slowest_share(costs, current.bounds[:components], stem=stem, head=head)
         if WORTH_RECUTTING * now <= share:
             return current
@@ -56,6 +56,10 @@ def choose_cut(
         "Leapfrog: components %s of %d units, the slowest is %.0f %% of the denoiser", bounds, len(units), 100 * share
     )
     return Cut(units, bounds + bounds[-1:] * twins)
+
+
+def _held_twice(cut: Cut) -> int:
+    return len(cut.bounds) - len(set(cut.bounds))
 
 
 def _seconds(traces: Sequence[Traced]) -> list[list[float]]:

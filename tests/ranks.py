@@ -42,7 +42,8 @@ def reference(request: Request, sampler: str = "euler") -> torch.Tensor:
 def split(model: Any, ranks: int = 2, mode: str = "asyncdiff", warmup: int = 2, **options: Any) -> Any:
     """The MODEL that Async UNet Split gives; one component per rank if ``options`` do not say otherwise."""
     options = {"components": ranks, "stride": 1, **options}
-    return AsyncUNetSplit.execute(model, ",".join(["cpu"] * ranks), warmup_steps=warmup, mode=mode, **options).args[0]
+    devices = ",".join(["cpu"] * options.pop("devices", ranks))
+    return AsyncUNetSplit.execute(model, devices, warmup_steps=warmup, mode=mode, **options).args[0]
 
 
 def parastep(lanes: int, ranks: int = 2, warmup: int = 2, base: str = "euler", predictor: str = "linear") -> Any:

@@ -1,0 +1,59 @@
+"""The proving model in this process: a small trained Flux that draws what a caption says."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import comfy.sample
+import comfy.samplers
+import comfy.sd
+import comfy.utils
+import torch
+
+from generation import Conditioning, noise
+from pack import BASE
+
+CAPTIONS = ("a large red circle on the left", "a small blue square at the top")
+MODELS = BASE / "models"
+
+
+@cache
+def load() -> Any:
+    """The MODEL from ComfyUI's own loader."""
+    return comfy.sd.load_diffusion_model(str(MODELS / "diffusion_models" / "shapes_flux.safetensors"))
+
+
+@cache
+def prompts() -> tuple[Conditioning, Conditioning]:
+    """(positive, negative): both captions as a batch, and the empty prompt."""
+    path = str(MODELS / "text_encoders" / "shapes_clip.safetensors")
+    clip = comfy.sd.load_clip([path], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+    parts = [clip.encode_from_tokens_scheduled(clip.tokenize(caption))[0] for caption in CAPTIONS]
+    pooled = torch.cat([part[1]["pooled_output"] for part in parts])
+    return [[torch.cat([part[0] for part in parts]), {"pooled_output": pooled}]], clip.encode_from_tokens_scheduled(
+        clip.tokenize("")
+    )
+
+
+@cache
+def _vae() -> Any:
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / "vae" / "shapes_vae.safetensors")))
+
+
+def pictures(model: Any, steps: int, sampler: str = "euler", cfg: float = 3.0) -> torch.Tensor:
+    """Both captions' pictures ``[2, height, width, 3]`` in 0 to 1."""
+    start = noise((len(CAPTIONS), 16, 16, 16), 7)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    with torch.inference_mode():
+        latent = comfy.sample.sample_custom(
+            model, start, cfg, comfy.samplers.sampler_object(sampler), sigmas, *prompts(), torch.zeros_like(start),
+            disable_pbar=True, seed=7,
+        )  # fmt: skip
+        return _vae().decode(latent).clamp(0, 1)
+
+
+def psnr(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Mean PSNR in dB of pictures in 0 to 1; 120 for equal ones."""
+    errors = (ours.double() - theirs.double()).square().flatten(1).mean(1).clamp_min(1e-12)
+    return float(-10 * errors.log10().mean())
