@@ -112,6 +112,16 @@ class AsyncUNetSplit(io.ComfyNode):
                         "'13'. Empty: measured, so that the slowest part is as fast as possible."
                     ),
                 ),
+                io.Combo.Input(
+                    "balance",
+                    options=["speed", "memory"],
+                    default="speed",
+                    advanced=True,
+                    tooltip=(
+                        "speed: parts that take equal time. memory: no device holds more than an equal share of the "
+                        "weights plus a tenth of them; in a U-Net, whose middle is heavy but quick, that is slower."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The same model, computed on all devices. Connect it as usual.")],
         )
@@ -119,13 +129,13 @@ class AsyncUNetSplit(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, devices: str, components: int, warmup_steps: int, stride: int, mode: str, cfg_lanes: str = "auto",
-        drift_bound: float = 0.02, time_shift: bool = False, cut: str = "",
+        drift_bound: float = 0.02, time_shift: bool = False, cut: str = "", balance: str = "speed",
     ) -> io.NodeOutput:  # fmt: skip
         if isinstance(model, StandInPatcher):
             raise LeapfrogError.of("unsupported_patch", "This MODEL has been split already.")
         plan = SplitPlan.choose(
             devices, components, warmup=warmup_steps, mode=mode, cfg_lanes=cfg_lanes, bound=drift_bound,
-            time_shift=time_shift, cut=cut, stride=stride,
+            time_shift=time_shift, cut=cut, stride=stride, balance=balance,
         )  # fmt: skip
         if len(plan.devices) == 1:
             log.info("Leapfrog: one device (%s), so Async UNet Split passes the MODEL through.", plan.devices[0])

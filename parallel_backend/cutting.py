@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from .errors import LeapfrogError
+from .plan import SplitPlan
 from .protocol import Cut, Traced
 from .schedules.partition import partition, slowest_share
 
@@ -15,35 +16,44 @@ log = logging.getLogger("leapfrog")
 WORTH_RECUTTING = 0.9
 # Of a GPU's free memory, what weights may take; the rest is for activations.
 FOR_WEIGHTS = 0.85
+# Measured times differ by as much from one measurement to the next.
+SLACK = 0.02
+# Of all weights, by how much a rank may hold more than an equal share where memory is balanced.
+FAIR_SHARE_PLUS = 0.1
 
 
-def choose_cut(
-    traces: Sequence[Traced], lanes: Sequence[Sequence[int]], by_hand: str, stride: int, current: Cut | None
-) -> Cut:
+def choose_cut(traces: Sequence[Traced], lanes: Sequence[Sequence[int]], plan: SplitPlan, current: Cut | None) -> Cut:
     """The cut whose slowest component is fastest; ``current`` where that is nearly as good.
 
-    With ``stride`` 2 the last rank of a lane holds the last component once more.
+    With stride 2 the last rank of a lane holds the last component once more.
 
     ``traces[rank]`` is what each rank measured, ``lanes`` the ranks of each lane in the order of their components.
-    ``by_hand`` names the first unit of each component but the first, such as "7, 12"; empty for measured.
+    Where the plan balances memory, no rank holds more than its share of the weights by a tenth of them.
     Raises LeapfrogError bad_plan where the components do not fit their devices, or for a cut that cannot be.
     """
     units = [unit.path for unit in traces[0].units]
-    components = len(lanes[0]) - stride + 1
-    twins = stride - 1
+    components = len(lanes[0]) - plan.stride + 1
+    twins = plan.stride - 1
     # the ranks that hold the component at each position
     holders = [[lane[at] for lane in lanes] for at in range(components)]
     holders[-1] += [rank for lane in lanes for rank in lane[components:]]
-    if by_hand.strip():
-        bounds = _bounds_by_hand(by_hand, len(units), components)
+    if plan.cut.strip():
+        bounds = _bounds_by_hand(plan.cut, len(units), components)
         return Cut(units, bounds + bounds[-1:] * twins)
     seconds = _seconds(traces)
     costs = [[max(seconds[rank][u] for rank in ranks) for u in range(len(units))] for ranks in holders]
-    limits = [_limit([traces[rank] for rank in ranks]) for ranks in holders]
+    limits = [_limit([traces[rank] for rank in ranks], plan, components) for ranks in holders]
     stem, head = traces[0].stem, traces[0].head
     try:
         bounds = list(
-            partition(costs, stem=stem, head=head, nbytes=[unit.nbytes for unit in traces[0].units], limits=limits)
+            partition(
+                costs,
+                stem=stem,
+                head=head,
+                nbytes=[unit.nbytes for unit in traces[0].units],
+                limits=limits,
+                slack=SLACK,
+            )
         )
     except ValueError as error:
         raise LeapfrogError.of("bad_plan", f"{error}.") from None
@@ -68,9 +78,13 @@ def _seconds(traces: Sequence[Traced]) -> list[list[float]]:
     return [[median(same.units[u].seconds for same in kinds[t.device]) for u in range(len(t.units))] for t in traces]
 
 
-def _limit(traces: Sequence[Traced]) -> int | None:
+def _limit(traces: Sequence[Traced], plan: SplitPlan, components: int) -> int | None:
     """Bytes of units' weights that every one of these devices can hold, None where nobody counts."""
     room = [int(FOR_WEIGHTS * t.free) - t.shared for t in traces if t.free is not None]
+    if plan.balance == "memory":
+        shared = traces[0].shared
+        whole = shared + sum(unit.nbytes for unit in traces[0].units)
+        room.append(int((1 / components + FAIR_SHARE_PLUS) * whole) - shared)
     return min(room) if room else None
 
 

@@ -363,7 +363,7 @@ class SplitDenoiser(RemoteDenoiser):
                 starts, wanted = True, None
                 traces, asked = self._trace(pool, payload, patches, every_rank=True, tick=tick)
             if starts:
-                wanted = choose_cut(traces, self._lanes, self.plan.cut, self.plan.stride, wanted)
+                wanted = choose_cut(traces, self._lanes, self.plan, wanted)
         if same and wanted == cut and patches_id == patches[0]:
             loaded = pool.memory["loaded"][1]
         else:

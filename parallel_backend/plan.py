@@ -14,6 +14,7 @@ CPU = "cpu"
 SPLIT_MODES = ("lookahead", "asyncdiff", "extrapolated", "exact")
 STALE_MODES = ("asyncdiff", "extrapolated")
 CFG_LANES = ("auto", "on", "off")
+BALANCES = ("speed", "memory")
 PREDICTORS = ("linear", "newest", "paper")
 
 
@@ -95,7 +96,8 @@ class SplitPlan:
 
     ``degree`` is the number of components, 0 for what the devices and the conditionings suggest. ``warmup`` is the
     number of exact evaluations at the start, 0 for as many as it takes until the drift is within ``bound``. ``cut``
-    names the first unit of each component but the first; empty for measured.
+    names the first unit of each component but the first; empty for measured, so that the slowest component is as fast
+    as possible, with ``balance`` "memory" among cuts that divide the weights evenly.
     """
 
     MODES: ClassVar = SPLIT_MODES
@@ -109,9 +111,13 @@ class SplitPlan:
     bound: float = 0.02
     time_shift: bool = False
     cut: str = ""
+    balance: str = "speed"
 
     def __post_init__(self) -> None:
-        for what, value, known in (("mode", self.mode, SPLIT_MODES), ("cfg_lanes", self.cfg_lanes, CFG_LANES)):
+        for what, value, known in (
+            ("mode", self.mode, SPLIT_MODES), ("cfg_lanes", self.cfg_lanes, CFG_LANES),
+            ("balance", self.balance, BALANCES),
+        ):  # fmt: skip
             if value not in known:
                 raise LeapfrogError.of("bad_plan", f"{what} '{value}' is not one of {', '.join(known)}.")
         if self.warmup < 0 or self.bound <= 0:

@@ -1,8 +1,9 @@
 """Units: the smallest blocks of a denoiser that one rank can own, found on the model itself. Knows no ComfyUI import.
 
-Candidates are the entries of the outermost ModuleLists and ModuleDicts that hold a good part of the weights. In which
-order they run, which earlier units each of them reads and what it returns is observed, not listed: see
-``worker/models/trace.py``.
+Candidates are the entries of the outermost ModuleLists and ModuleDicts that hold a good part of the weights; in a
+Stable Diffusion U-Net, where those are few and uneven, the layers in them, and in SDXL the blocks of its deep
+transformers. In which order they run, which earlier units each of them reads and what it returns is observed, not
+listed: see ``worker/models/trace.py``.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from .errors import LeapfrogError
 # Of a denoiser's weights, what a list must hold to be worth cutting.
 WORTH_CUTTING = 0.01
 LISTS = ("ModuleList", "ModuleDict")
-# A Stable Diffusion U-Net keeps its middle block outside the lists.
-BLOCKS = ("TimestepEmbedSequential",)
+# A block of a Stable Diffusion U-Net: layers that its forward calls one by one.
+LAYERED = "TimestepEmbedSequential"
 
 
 class Output(msgspec.Struct, frozen=True):
@@ -58,13 +59,22 @@ def _walk(module: Any, prefix: str, worth: float):
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         kind = type(child).__name__
-        if kind in BLOCKS:
-            yield path
+        if kind == LAYERED:
+            yield from _layers(child, path)
         elif kind in LISTS:
             if _size(child) >= worth:
-                yield from (f"{path}.{entry}" for entry, _ in child.named_children())
+                for entry, block in child.named_children():
+                    layered = type(block).__name__ == LAYERED
+                    yield from _layers(block, f"{path}.{entry}") if layered else [f"{path}.{entry}"]
         else:
             yield from _walk(child, f"{path}.", worth)
+
+
+def _layers(block: Any, prefix: str):
+    for name, layer in block.named_children():
+        deep = getattr(layer, "transformer_blocks", ())
+        inner = [f".transformer_blocks.{i}" for i in range(len(deep))] if len(deep) > 1 else [""]
+        yield from (f"{prefix}.{name}{path}" for path in inner)
 
 
 def _size(module: Any) -> int:

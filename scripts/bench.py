@@ -16,14 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import date
-from pathlib import Path
 from typing import Any
 
+from full_size import checkpoint
 from pack import ROOT, add_comfyui, load_pack
 
 CFG = 7.0
 RANKS = 2
-MODEL = ROOT / "build" / "bench" / "sd15_random.safetensors"
+MODEL = "sd15"
 SECONDS_SOLO = 12.0
 # All processes alike: glibc keeps what is freed. By default it gives large blocks back to the system, and the page
 # faults that follow cost more than the arithmetic, the more so the more weights a process works on.
@@ -36,33 +36,6 @@ def devices() -> tuple[str, ...]:
 
     many = torch.cuda.is_available() and torch.cuda.device_count() >= RANKS
     return tuple(f"cuda:{i}" for i in range(RANKS)) if many else ("cpu",) * RANKS
-
-
-def write_sd15(path: Path) -> None:
-    """A U-Net of Stable Diffusion 1.5's layout, 860 M parameters, float32, seeded random weights."""
-    import comfy.ops
-    import torch
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-    from safetensors.torch import save_file
-
-    build: Any = UNetModel
-    net = build(
-        image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2, 2, 2, 2],
-        channel_mult=[1, 2, 4, 4], transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0], transformer_depth_middle=1,
-        transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], num_heads=8, context_dim=768,
-        use_spatial_transformer=True, use_linear_in_transformer=False, legacy=False, dtype=torch.float32, device="cpu",
-        operations=comfy.ops.disable_weight_init,
-    )  # fmt: skip
-    draw = torch.Generator().manual_seed(0)
-    state = {}
-    for name, value in net.state_dict().items():
-        fan = value[0].numel() if value.ndim > 1 else 1
-        scale = 0.7 / fan**0.5 if value.ndim > 1 else 0.0
-        state[name] = torch.randn(value.shape, generator=draw) * scale + (value.ndim == 1 and name.endswith("weight"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")
-    save_file(state, str(partial))
-    partial.rename(path)
 
 
 def conditioning(seed: int) -> list:
@@ -94,7 +67,7 @@ def solo(size: int) -> None:
     import torch
 
     torch.set_num_threads(1)
-    model = comfy.sd.load_diffusion_model(str(MODEL)).model
+    model = comfy.sd.load_diffusion_model(str(checkpoint(MODEL))).model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     denoiser, dtype = model.diffusion_model.to(device), model.get_dtype_inference()
     t = torch.full((2,), 500.0, device=device)
@@ -173,9 +146,7 @@ def main() -> None:
     load_pack()
     import torch
 
-    if not MODEL.exists():
-        print("making a random Stable Diffusion 1.5 U-Net (3.4 GB) ...", flush=True)
-        write_sd15(MODEL)
+    checkpoint(MODEL)  # 3.4 GB, written at first use
     if options.solo:
         solo(options.size)
         return
@@ -198,7 +169,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"two independent processes reach {factor:.2f}x of one on this machine")
     print(f"host round trip, 4x64x64 latent, {RANKS} idle ranks: {round_trip_ms():.3f} ms median", flush=True)
 
-    whole = comfy.sd.load_diffusion_model(str(MODEL))
+    whole = comfy.sd.load_diffusion_model(str(checkpoint(MODEL)))
     euler = comfy.samplers.sampler_object("euler")
     named = ",".join(devices())
     split = {m: AsyncUNetSplit.execute(whole, named, 0, options.warmup, 1, m).args[0] for m in ("async", "exact")}
@@ -238,6 +209,7 @@ def run(options: argparse.Namespace) -> None:
     costs = next(iter(SplitDenoiser._costs.values()))
     print("unit times, ms: " + " ".join(f"{1e3 * c:.0f}" for c in costs))
     result = {"steps": options.steps, "size": options.size, "factor": factor, "rows": table}
+    (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)
     (ROOT / "build" / "bench" / "result.json").write_text(json.dumps(result, indent=1))
     close_all()
 

@@ -94,14 +94,16 @@ def test_a_unet_has_its_skips():
     args = (torch.ones(1, 4, 8, 8), torch.ones(1), torch.ones(1, TOKENS, 768))
     seen = traced(tiny_models.tiny_unet(), args, {"transformer_options": {}})
     assert [unit.path for unit in seen.units] == [
-        *(f"input_blocks.{i}" for i in range(4)), "middle_block", *(f"output_blocks.{i}" for i in range(4))
+        "input_blocks.0.0", "input_blocks.1.0", "input_blocks.1.1", "input_blocks.2.0", "input_blocks.3.0",
+        "middle_block.0", "output_blocks.0.0", "output_blocks.1.0", "output_blocks.1.1", "output_blocks.2.0",
+        "output_blocks.3.0",
     ]  # fmt: skip
-    assert seen.flow.reads == [[], [0], [1], [2], [3], [3, 4], [2, 5], [1, 6], [0, 7]]
+    assert seen.flow.reads == [[], [0], [1], [2], [3], [4], [4, 5], [3, 6], [7], [2, 8], [0, 9]]
 
 
 def test_the_units_of_a_cut_keep_their_numbers():
     args = (torch.ones(1, 4, 8, 8), torch.ones(1), torch.ones(1, TOKENS, 768))
-    names = ["output_blocks.1", "middle_block"]
+    names = ["output_blocks.1.0", "middle_block.0"]
     seen = traced(tiny_models.tiny_unet(), args, {"transformer_options": {}}, names, rounds=0)
     assert [unit.path for unit in seen.units] == names
     assert seen.flow.reads == [[1], []]

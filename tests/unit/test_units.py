@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import full_size
 import tiny_models
 from leapfrog.parallel_backend import LeapfrogError
 from leapfrog.parallel_backend.units import Flow, Output, crossing_bytes, find_units, needed_by, owner_of
@@ -60,8 +61,18 @@ def test_the_units_of_a_flux():
 def test_the_units_of_a_unet():
     with torch.device("meta"):
         units = find_units(tiny_models._unet())
-    numbered = [f"{name}.{i}" for name in ("input_blocks", "output_blocks") for i in range(4)]
-    assert sorted(units) == sorted([*numbered, "middle_block"])
+    merged = (0, 1, 1, 2, 3)
+    assert [unit.rpartition(".")[0] for unit in units] == [
+        *(f"input_blocks.{i}" for i in (0, 1, 1, 2, 3)), "middle_block", *(f"output_blocks.{i}" for i in merged)
+    ]  # fmt: skip
+
+
+def test_the_units_of_sdxl():
+    units = find_units(full_size.empty("sdxl").diffusion_model)
+    deep = [unit for unit in units if unit.startswith("middle_block.1.")]
+    assert deep == [f"middle_block.1.transformer_blocks.{i}" for i in range(10)]
+    assert "input_blocks.1.0" in units
+    assert len(units) == 92
 
 
 def test_lists_that_are_small_or_inside_a_unit_are_not_cut():

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from comfy.ldm.modules.attention import SpatialTransformer
 
 from ...protocol import Cut, Recipe
 from ..component import Component
 from ..links import Links
 from .inputs import forward_inputs, to_device
 from .loader import build, decode_patches, place_weights, weight_bytes
-from .taps import take_out, tap, transformers_in
+from .taps import take_out, tap
 
 
 class HeldDenoiser:
@@ -39,11 +40,12 @@ class HeldDenoiser:
         absent = [i for i in range(len(units)) if not first <= i <= last]
         self.unit_names = units[first : last + 1]
         self.component = component = Component(denoiser.forward, bounds, self.peers, self._links)
-        transformers = {i: transformers_in(denoiser.get_submodule(units[i])) for i in absent}
+        transformers = {i for i in absent if isinstance(denoiser.get_submodule(units[i]), SpatialTransformer)}
 
         def answer(index: int) -> Any:
-            if "transformer_index" in self._options:
-                self._options["transformer_index"] += transformers[index]
+            # a U-Net counts its transformers as it calls them, and patches are keyed by the number
+            if index in transformers and "transformer_index" in self._options:
+                self._options["transformer_index"] += 1
             return component.answer(index)
 
         take_out(denoiser, units, absent, answer)

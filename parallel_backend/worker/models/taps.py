@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer
-from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
 
 
 class Absence(torch.nn.Module):
@@ -28,24 +26,14 @@ class Absence(torch.nn.Module):
         return getattr(self.__dict__["original"], name)
 
 
-def transformers_in(unit: torch.nn.Module) -> int:
-    """By how much a unit of a U-Net raises the transformer index, which patches are keyed by."""
-    return sum(isinstance(child, SpatialTransformer) for child in unit.children())
-
-
 def take_out(
     denoiser: torch.nn.Module, units: Sequence[str], absent: Sequence[int], answer: Callable[[int], Any]
 ) -> None:
     """Replace the units with indices ``absent`` by absences. Names of the other units' weights do not change."""
     for index in absent:
-        path = units[index]
-        parent, _, name = path.rpartition(".")
-        original = denoiser.get_submodule(path)
-        module: torch.nn.Module = Absence(original, lambda index=index: answer(index))
-        if isinstance(original, TimestepEmbedSequential):
-            # a U-Net walks the children of a block itself and never calls the block
-            module = TimestepEmbedSequential(module)
-        denoiser.get_submodule(parent).register_module(name, module)
+        parent, _, name = units[index].rpartition(".")
+        original = denoiser.get_submodule(units[index])
+        denoiser.get_submodule(parent).register_module(name, Absence(original, lambda index=index: answer(index)))
 
 
 def tap(
@@ -53,13 +41,5 @@ def tap(
 ) -> None:
     """Call ``produced(index, output)`` whenever a held unit has computed; it may raise to leave the forward."""
     for index in held:
-        _, last = children_called(denoiser.get_submodule(units[index]))
-        last.register_forward_hook(lambda _m, _a, output, index=index: produced(index, output))
-
-
-def children_called(module: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """The first and the last module that are called when a unit computes."""
-    if isinstance(module, TimestepEmbedSequential):
-        children = list(module.children())
-        return children[0], children[-1]
-    return module, module
+        module = denoiser.get_submodule(units[index])
+        module.register_forward_hook(lambda _m, _a, output, index=index: produced(index, output))

@@ -17,7 +17,6 @@ from ...tensors import DTYPES, flatten
 from ...units import Flow, Output, find_units
 from .inputs import forward_inputs
 from .loader import build, weight_bytes
-from .taps import children_called
 
 SMALL = 1 << 16
 MARK = "leapfrog_reads"
@@ -124,9 +123,8 @@ class Watch(TorchFunctionMode):
         self._hooks = []
         for index, name in enumerate(self._names):
             module = self._denoiser.get_submodule(name)
-            first, last = children_called(module)
-            self._hooks.append(first.register_forward_pre_hook(self._started(index, module), with_kwargs=True))
-            self._hooks.append(last.register_forward_hook(self._done(index, module)))
+            self._hooks.append(module.register_forward_pre_hook(self._started(index), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(self._done(index)))
         self._since = self._now()
         return super().__enter__() if self._marking else self
 
@@ -142,8 +140,8 @@ class Watch(TorchFunctionMode):
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def _started(self, index: int, module: torch.nn.Module):
-        def started(_module: Any, args: Any, kwargs: Any) -> None:
+    def _started(self, index: int):
+        def started(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
             self._before = self._now() - self._since
             if not self.order:
                 self.stem, self._before = self._before, 0.0
@@ -158,8 +156,8 @@ class Watch(TorchFunctionMode):
 
         return started
 
-    def _done(self, index: int, module: torch.nn.Module):
-        def done(_module: Any, _args: Any, output: Any) -> None:
+    def _done(self, index: int):
+        def done(module: torch.nn.Module, _args: Any, output: Any) -> None:
             self.seconds[index] += self._now() - self._begin + self._before
             if self._marking:
                 self._inside = False
