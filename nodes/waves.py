@@ -30,8 +30,10 @@ class WaveDropped(BaseException):
 class Wave:
     """One guided evaluation in a thread of its own, which has started and parked, or ended, when this returns."""
 
-    def __init__(self, x: torch.Tensor, work: Callable[[], torch.Tensor]):
+    def __init__(self, x: torch.Tensor, guider: Any, work: Callable[[], torch.Tensor]):
         self.x = x
+        self._guider = guider
+        self._cfg = getattr(guider, "cfg", None)
         self.pending: Any = None
         self.ended = False
         self._result: torch.Tensor | None = None
@@ -50,8 +52,12 @@ class Wave:
     def resume(self) -> None:
         """Hand the thread its turn; returns when it parks or ends."""
         self.pending = None
+        # CFGOverride sets the guider's CFG for the time of an evaluation
+        outside = getattr(self._guider, "cfg", None)
+        self._guider.cfg = self._cfg
         self._turn.release()
         self._back.acquire()
+        self._cfg, self._guider.cfg = self._guider.cfg, outside
 
     def park(self, pending: Any) -> None:
         """Called in the wave's thread: give the turn back until ``pending`` is ready."""
@@ -126,7 +132,10 @@ class LookaheadRun:
 
     def predict_noise(self, executor: Any, x: torch.Tensor, sigma: torch.Tensor, options: dict, seed: Any) -> Any:
         """A wrapper of ComfyUI's kind PREDICT_NOISE: the guided evaluation at ``x``, steps to come under way."""
-        sigmas = options.get("transformer_options", {}).get("sample_sigmas")
+        inner = options.get("transformer_options", {})
+        sigmas = inner.get("sample_sigmas")
+        if "easycache" in inner:
+            self._stop("EasyCache or LazyCache decides from step to step what to compute")
         if self._off or sigmas is None or not self._on_schedule(sigmas, float(sigma.flatten()[0])):
             self._stop("the sampler evaluates at other points than the steps of its schedule")
             return executor(x, sigma, options, seed)
@@ -144,7 +153,7 @@ class LookaheadRun:
 
         def launch(at: int, point: torch.Tensor) -> None:
             level = sigmas[at].to(sigma).expand_as(sigma)
-            self._waves[at] = Wave(point, lambda: executor(point, level, options, seed))
+            self._waves[at] = Wave(point, executor.class_obj, lambda: executor(point, level, options, seed))
 
         if decision.exact:
             self.drop()
