@@ -17,7 +17,7 @@ import torch
 from ..parallel_backend import LanesDenoiser, LeapfrogError, SplitDenoiser
 from .inside_patches import ENTRIES, describe
 from .recipe import patches_of
-from .waves import LookaheadRun, park
+from .waves import LookaheadRun, ahead, park
 
 Remote = SplitDenoiser | LanesDenoiser
 # Options that only the host's own code reads, and those that travel in a form of their own.
@@ -86,7 +86,10 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
             chunks = options.get("cond_or_uncond") or [0]
             stale = denoiser.plan.mode == "asyncdiff"
             times = _times(patcher, options) if stale else (1.0, 1.0)
-            pending = denoiser.submit(tree, x, chunks, _stream(patcher, {**options, **going}, x), times, patches, tick)
+            pending = denoiser.submit(
+                tree, x, patches, tick, chunks=chunks, stream=_stream(patcher, {**options, **going}, x), times=times,
+                ahead=ahead(),
+            )  # fmt: skip
             try:
                 park(pending)
             except BaseException:

@@ -30,8 +30,9 @@ class WaveDropped(BaseException):
 class Wave:
     """One guided evaluation in a thread of its own, which has started and parked, or ended, when this returns."""
 
-    def __init__(self, x: torch.Tensor, guider: Any, work: Callable[[], torch.Tensor]):
+    def __init__(self, x: torch.Tensor, predicted: bool, guider: Any, work: Callable[[], torch.Tensor]):
         self.x = x
+        self.predicted = predicted
         self._guider = guider
         self._cfg = getattr(guider, "cfg", None)
         self.pending: Any = None
@@ -120,6 +121,12 @@ def park(pending: Any) -> None:
         wave.park(pending)
 
 
+def ahead() -> bool:
+    """Whether this is a wave at a predicted point."""
+    wave = _current.get()
+    return wave is not None and wave.predicted
+
+
 class LookaheadRun:
     """The waves of one sampling run."""
 
@@ -153,7 +160,7 @@ class LookaheadRun:
 
         def launch(at: int, point: torch.Tensor) -> None:
             level = sigmas[at].to(sigma).expand_as(sigma)
-            self._waves[at] = Wave(point, executor.class_obj, lambda: executor(point, level, options, seed))
+            self._waves[at] = Wave(point, at != step, executor.class_obj, lambda: executor(point, level, options, seed))
 
         if decision.exact:
             self.drop()
@@ -164,7 +171,7 @@ class LookaheadRun:
             launch(at, point)
         wave = self._finish(step)
         # the slope found at the predicted point, applied at the true one
-        return wave.result() + (x - wave.x) if wave.x is not x else wave.result()
+        return wave.result() + (x - wave.x) if wave.predicted else wave.result()
 
     def _on_schedule(self, sigmas: torch.Tensor, sigma: float) -> bool:
         return self._next < len(sigmas) and abs(float(sigmas[self._next]) - sigma) <= 1e-6 * max(1.0, sigma)

@@ -271,13 +271,14 @@ class SplitDenoiser(RemoteDenoiser):
         self._run = time.monotonic_ns()
 
     def submit(
-        self, inputs: Any, x: Any, chunks: Sequence[int], stream: Hashable, times: Times, patches: Patches, tick: Tick
-    ) -> Pending:
+        self, inputs: Any, x: Any, patches: Patches, tick: Tick, *, chunks: Sequence[int], stream: Hashable,
+        times: Times = (1.0, 1.0), ahead: bool = False,
+    ) -> Pending:  # fmt: skip
         """Start an evaluation. ``inputs`` is the tree (args, kwargs) of the denoiser's forward, ``x`` the latent in it.
 
         ``chunks`` say which conditioning each equal share of the rows belongs to. ``stream`` names the conditioning
         whose stale state may be used. ``times`` are the timesteps of the steps before and after this one, each as a
-        multiple of this one's. Raises LeapfrogError.
+        multiple of this one's. ``ahead`` marks a step to come in the report. Raises LeapfrogError.
         """
         pool = self._ready_pool(tick)
         with pool.lock:
@@ -289,7 +290,7 @@ class SplitDenoiser(RemoteDenoiser):
             payloads, out = self._write(pool, lanes, inputs, x, chunks, tick)
             if self._prepare(pool, payloads[0], patches, tick):
                 payloads, out = self._write(pool, lanes, inputs, x, chunks, tick)
-            return self._send(pool, lanes, payloads, out, x, stream, times, tick)
+            return self._send(pool, lanes, payloads, out, x, stream, times, ahead, tick)
 
     def _write(
         self, pool: Pool, lanes: list[Lane], inputs: Any, x: Any, chunks: Sequence[int], tick: Tick
@@ -306,7 +307,7 @@ class SplitDenoiser(RemoteDenoiser):
 
     def _send(
         self, pool: Pool, lanes: list[Lane], payloads: list[Payload], out: int, x: Any, stream: Hashable,
-        times: Times, tick: Tick,
+        times: Times, ahead: bool, tick: Tick,
     ) -> Pending:  # fmt: skip
         number, flow = self._layout(pool, payloads[0]) if self.components > 1 else (0, None)
         learnt: set[tuple[int, int]] = pool.memory.setdefault("learnt", set())
@@ -326,7 +327,7 @@ class SplitDenoiser(RemoteDenoiser):
                     extrapolate=self.plan.mode == "extrapolated",
                     time=self._time(times, how.exact, two_steps and position <= at_last),
                 )  # fmt: skip
-        kind = "exact" if how.exact else "async"
+        kind = "ahead" if ahead else "exact" if how.exact else "async"
         finals = [lane.ranks[-1] for lane in lanes]
         pending = self._submit(pool, messages, payloads[0], finals, _first(x).shape, kind, tick)
         learnt.update((number, rank) for rank in messages)

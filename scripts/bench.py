@@ -18,12 +18,12 @@ from collections.abc import Callable
 from datetime import date
 from typing import Any
 
-from full_size import checkpoint
+from full_size import MODELS, checkpoint, load, sample
 from pack import ROOT, add_comfyui, load_pack
 
 CFG = 7.0
 RANKS = 2
-MODEL = "sd15"
+TITLES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1"}
 SECONDS_SOLO = 12.0
 # All processes alike: glibc keeps what is freed. By default it gives large blocks back to the system, and the page
 # faults that follow cost more than the arithmetic, the more so the more weights a process works on.
@@ -38,40 +38,23 @@ def devices() -> tuple[str, ...]:
     return tuple(f"cuda:{i}" for i in range(RANKS)) if many else ("cpu",) * RANKS
 
 
-def conditioning(seed: int) -> list:
-    import torch
-
-    return [[torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(seed)), {}]]
-
-
-def sample(model, sampler, steps: int, size: int):
+def timed(model: Any, name: str, sampler: Any, steps: int, size: int) -> tuple[Any, float]:
     """``(latent, seconds)`` of one run; ``size`` is the latent's side."""
-    import comfy.sample
-    import comfy.samplers
-    import torch
-
-    latent = torch.zeros(1, 4, size, size)
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(3))
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "normal", steps)
-    with torch.inference_mode():
-        began = time.perf_counter()
-        result = comfy.sample.sample_custom(
-            model, noise, CFG, sampler, sigmas, conditioning(1), conditioning(2), latent, disable_pbar=True, seed=3
-        )
-        return result, time.perf_counter() - began
+    began = time.perf_counter()
+    return sample(model, name, steps, size, cfg=CFG, sampler=sampler), time.perf_counter() - began
 
 
-def solo(size: int) -> None:
+def solo(name: str, size: int) -> None:
     """Evaluate the denoiser again and again on one thread for a while; print the calls per second."""
-    import comfy.sd
     import torch
 
     torch.set_num_threads(1)
-    model = comfy.sd.load_diffusion_model(str(checkpoint(MODEL))).model
+    model = load(name).model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     denoiser, dtype = model.diffusion_model.to(device), model.get_dtype_inference()
     t = torch.full((2,), 500.0, device=device)
-    x, context = (torch.randn(shape, device=device, dtype=dtype) for shape in ((2, 4, size, size), (2, 77, 768)))
+    shapes = (2, 4, size, size), (2, 77, MODELS[name].config["context_dim"])
+    x, context = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
     with torch.inference_mode():
         denoiser(x, t, context=context)
         print("ready", flush=True)
@@ -83,11 +66,11 @@ def solo(size: int) -> None:
         print(calls / (time.perf_counter() - began), flush=True)
 
 
-def machine_factor(size: int) -> float:
+def machine_factor(name: str, size: int) -> float:
     """Throughput of two independent one-thread processes of the denoiser together, against one alone."""
 
     def together(count: int) -> float:
-        command = [sys.executable, __file__, "--solo", "--size", str(size)]
+        command = [sys.executable, __file__, "--solo", "--model", name, "--size", str(size)]
         jobs = [
             subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -136,6 +119,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=16, help="side of the latent")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--model", choices=TITLES, default="sd15")
     parser.add_argument("--solo", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start
@@ -146,9 +130,9 @@ def main() -> None:
     load_pack()
     import torch
 
-    checkpoint(MODEL)  # 3.4 GB, written at first use
+    checkpoint(options.model)  # gigabytes, written at first use
     if options.solo:
-        solo(options.size)
+        solo(options.model, options.size)
         return
     torch.set_num_threads(1)
     run(options)
@@ -156,58 +140,71 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     import comfy.samplers
-    import comfy.sd
 
     from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
     from leapfrog.parallel_backend import SplitDenoiser
-    from leapfrog.parallel_backend.schedules import asyncdiff, parastep
+    from leapfrog.parallel_backend.schedules import asyncdiff, lookahead, parastep
     from leapfrog.parallel_backend.supervisor import close_all
 
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(devices())}")
-    print(f"Stable Diffusion 1.5 U-Net, random weights, latent side {options.size}, {options.steps} steps, CFG {CFG}")
-    factor = machine_factor(options.size)
+    print(
+        f"{TITLES[options.model]} U-Net, random weights, latent side {options.size}, {options.steps} steps, CFG {CFG}"
+    )
+    factor = machine_factor(options.model, options.size)
     print(f"two independent processes reach {factor:.2f}x of one on this machine")
     print(f"host round trip, 4x64x64 latent, {RANKS} idle ranks: {round_trip_ms():.3f} ms median", flush=True)
 
-    whole = comfy.sd.load_diffusion_model(str(checkpoint(MODEL)))
+    whole = load(options.model)
     euler = comfy.samplers.sampler_object("euler")
     named = ",".join(devices())
-    split = {m: AsyncUNetSplit.execute(whole, named, 0, options.warmup, 1, m).args[0] for m in ("async", "exact")}
+    split = {
+        mode: AsyncUNetSplit.execute(whole, named, RANKS, options.warmup, 1, mode, cfg_lanes="off").args[0]
+        for mode in ("lookahead", "asyncdiff", "exact")
+    }
+    steps, warmup = options.steps, options.warmup
     lanes = ParaStepSampler.execute("euler", 0, options.warmup, named, "linear").args[0]
+
+    def work(model: Any, sampler: Any, n: int) -> tuple[Any, float]:
+        return timed(model, options.model, sampler, n, options.size)
+
     rows: dict[str, tuple[Callable, float]] = {
-        "ComfyUI alone": (lambda n: sample(whole, euler, n, options.size), 1.0),
-        "Async UNet Split, exact": (lambda n: sample(split["exact"], euler, n, options.size), 1.0),
-        "Async UNet Split, async": (
-            lambda n: sample(split["async"], euler, n, options.size),
-            asyncdiff.ideal_speedup(options.steps, options.warmup, 1 / RANKS),
+        "ComfyUI alone": (lambda n: work(whole, euler, n), 1.0),
+        "Async UNet Split, exact": (lambda n: work(split["exact"], euler, n), 1.0),
+        "Async UNet Split, lookahead": (
+            lambda n: work(split["lookahead"], euler, n),
+            lookahead.ideal_speedup([True] * warmup + [False] * (steps - warmup - 1) + [True], 1 / RANKS),
+        ),
+        "Async UNet Split, asyncdiff": (
+            lambda n: work(split["asyncdiff"], euler, n),
+            asyncdiff.ideal_speedup(steps, warmup, 1 / RANKS),
         ),
         "ParaStep Sampler": (
-            lambda n: sample(whole, lanes, n, options.size),
-            parastep.ideal_speedup(options.steps, RANKS, options.warmup),
+            lambda n: work(whole, lanes, n),
+            parastep.ideal_speedup(steps, RANKS, warmup),
         ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     latents = {}
     for _ in range(options.repeat):
-        for name, (work, _bound) in rows.items():
+        for name, (row, _bound) in rows.items():
             print(f"  {name} ...", file=sys.stderr, flush=True)
-            work(1)  # the ranks load what this row needs
-            latents[name], took = work(options.steps)
+            row(1)  # the ranks load what this row needs
+            latents[name], took = row(options.steps)
             seconds[name].append(took)
     reference = latents["ComfyUI alone"]
     alone = statistics.median(seconds["ComfyUI alone"])
     print(f"ComfyUI alone: {1e3 * alone / options.steps:.0f} ms per step on one thread")
-    print(f"{'':26}{'seconds':>9}{'speed':>8}{'bound':>8}{'of bound x factor':>19}{'rel. difference':>17}")
+    print(f"{'':30}{'seconds':>9}{'speed':>8}{'bound':>8}{'of bound x factor':>19}{'rel. difference':>17}")
     table = []
-    for name, (_work, bound) in rows.items():
+    for name, (_row, bound) in rows.items():
         took = statistics.median(seconds[name])
         speed = alone / took
         reached = f"{speed / (bound / RANKS * factor):.0%}" if bound > 1 else "-"
         apart = float((latents[name] - reference).norm() / reference.norm())
-        print(f"{name:26}{took:9.2f}{speed:7.2f}x{bound:7.2f}x{reached:>18}{apart:17.1e}")
+        print(f"{name:30}{took:9.2f}{speed:7.2f}x{bound:7.2f}x{reached:>18}{apart:17.1e}")
         table.append({"name": name, "seconds": seconds[name], "speed": speed, "bound": bound, "difference": apart})
-    costs = next(iter(SplitDenoiser._costs.values()))
-    print("unit times, ms: " + " ".join(f"{1e3 * c:.0f}" for c in costs))
+    traced = next(iter(SplitDenoiser._traces.values()))[0]
+    print("unit times, ms: " + " ".join(f"{1e3 * unit.seconds:.0f}" for unit in traced.units))
     result = {"steps": options.steps, "size": options.size, "factor": factor, "rows": table}
     (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)
     (ROOT / "build" / "bench" / "result.json").write_text(json.dumps(result, indent=1))

@@ -37,7 +37,8 @@ CAPTIONS = (  # none of them was in the training set
     "a large purple triangle on the right",
     "a large yellow cross on the right",
 )
-COLOURS = {"exact": "#4c78a8", "async": "#f58518", "one step": "#4c78a8", "a round of steps": "#54a24b"}
+BLUE, ORANGE, RED, GREEN = "#4c78a8", "#f58518", "#e45756", "#54a24b"
+COLOURS = {"exact": BLUE, "ahead": ORANGE, "async": RED, "one step": BLUE, "a round of steps": GREEN}
 
 
 @dataclass
@@ -66,13 +67,19 @@ def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
     plain = {"sample": {"steps": steps}}
     fewer = round(steps / parastep.ideal_speedup(steps, ranks, WARMUP))
     baseline = {"sample": {"steps": fewer, "sampler_name": "dpmpp_2m"}}
-    exact = {"sample": {"steps": steps}, "split": {"devices": devices, "mode": "exact"}}
     lanes = {"sigmas": {"steps": steps}, "sampler": {"devices": devices}}
-    split = {"sample": {"steps": steps}, "split": {"devices": devices}}
+
+    def split(mode: str, **inputs: Any) -> dict[str, Any]:
+        inputs = {"components": ranks, "warmup_steps": WARMUP, "mode": mode, **inputs}
+        changes = {"sample": {"steps": steps}, "split": {"devices": devices, **inputs}}
+        return graph("async_unet_split", changes)
+
     return [
         Mode("ComfyUI alone", graph("stock_flux", plain), 0),
-        Mode("Async UNet Split, async", graph("async_unet_split", split), ranks),
-        Mode("Async UNet Split, exact", graph("async_unet_split", exact), ranks),
+        Mode("Split, lookahead", split("lookahead"), ranks),
+        Mode("Split, asyncdiff", split("asyncdiff"), ranks),
+        Mode("Split, exact", split("exact"), ranks),
+        Mode("Split, CFG lanes", split("lookahead", components=1), ranks),
         Mode("ParaStep Sampler", graph("parastep_sampler", lanes), ranks),
         Mode(f"ComfyUI, {fewer} steps DPM++ 2M", graph("stock_flux", baseline), 0),
     ]

@@ -33,7 +33,7 @@ def main() -> None:
     count = 0
     while True:
         inputs = ((x, step, torch.randn(1, 16, 768)), options)
-        sent = denoiser.submit(inputs, x, [0], "a stream", (1.0, 1.0), ("", {}, {}), lambda: None)
+        sent = denoiser.submit(inputs, x, ("", {}, {}), lambda: None, chunks=[0], stream="a stream")
         denoiser.result(sent, lambda: None)
         count += 1
         if count == 3:
