@@ -42,19 +42,16 @@ def choose_cut(traces: Sequence[Traced], lanes: Sequence[Sequence[int]], plan: S
         return Cut(units, bounds + bounds[-1:] * twins)
     seconds = _seconds(traces)
     costs = [[max(seconds[rank][u] for rank in ranks) for u in range(len(units))] for ranks in holders]
-    limits = [_limit([traces[rank] for rank in ranks], plan, components) for ranks in holders]
+    limits = [_limit([traces[rank] for rank in ranks]) for ranks in holders]
     stem, head = traces[0].stem, traces[0].head
+    nbytes = [unit.nbytes for unit in traces[0].units]
     try:
-        bounds = list(
-            partition(
-                costs,
-                stem=stem,
-                head=head,
-                nbytes=[unit.nbytes for unit in traces[0].units],
-                limits=limits,
-                slack=SLACK,
-            )
-        )
+        fair = [min(filter(None, (limit, _fair_share(traces[0], components)))) for limit in limits]
+        if plan.balance == "memory" and min(fair) < _smallest_possible(nbytes, components):
+            bounds = list(partition(nbytes, components))  # the units are too uneven for a tenth
+        else:
+            room = fair if plan.balance == "memory" else limits
+            bounds = list(partition(costs, stem=stem, head=head, nbytes=nbytes, limits=room, slack=SLACK))
     except ValueError as error:
         raise LeapfrogError.of("bad_plan", f"{error}.") from None
     share = slowest_share(costs, bounds, stem=stem, head=head)
@@ -78,14 +75,21 @@ def _seconds(traces: Sequence[Traced]) -> list[list[float]]:
     return [[median(same.units[u].seconds for same in kinds[t.device]) for u in range(len(t.units))] for t in traces]
 
 
-def _limit(traces: Sequence[Traced], plan: SplitPlan, components: int) -> int | None:
+def _limit(traces: Sequence[Traced]) -> int | None:
     """Bytes of units' weights that every one of these devices can hold, None where nobody counts."""
     room = [int(FOR_WEIGHTS * t.free) - t.shared for t in traces if t.free is not None]
-    if plan.balance == "memory":
-        shared = traces[0].shared
-        whole = shared + sum(unit.nbytes for unit in traces[0].units)
-        room.append(int((1 / components + FAIR_SHARE_PLUS) * whole) - shared)
     return min(room) if room else None
+
+
+def _fair_share(trace: Traced, components: int) -> int:
+    """Bytes of units' weights with which a rank holds a tenth of all weights more than an equal share."""
+    whole = trace.shared + sum(unit.nbytes for unit in trace.units)
+    return int((1 / components + FAIR_SHARE_PLUS) * whole) - trace.shared
+
+
+def _smallest_possible(nbytes: Sequence[int], components: int) -> int:
+    """The largest component's bytes in the cut that divides the weights best."""
+    return max(sum(nbytes[first : last + 1]) for first, last in partition(nbytes, components))
 
 
 def _bounds_by_hand(text: str, units: int, components: int) -> list[tuple[int, int]]:

@@ -36,8 +36,12 @@ def trace(
     In the order in which they run; those that run several times are always left out. ``shapes`` are those of weights
     that patches will widen.
     """
-    patcher = build(recipe, lambda _denoiser: [], read_weights=False)
+    patcher = build(recipe, _nothing_absent, read_weights=False)
     denoiser: torch.nn.Module = patcher.model.diffusion_model
+    if any(hasattr(module, "in_features") and not hasattr(module, "weight") for module in denoiser.modules()):
+        # a quantised layer has no weights before they are read; they stay in the file, mapped into memory
+        patcher = build(recipe, _nothing_absent)
+        denoiser = patcher.model.diffusion_model
     names = list(units) or find_units(denoiser)
     for name, parameter in denoiser.named_parameters():
         if wider := shapes.get(f"diffusion_model.{name}"):
@@ -85,6 +89,10 @@ def trace(
         free=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     )
+
+
+def _nothing_absent(_denoiser: torch.nn.Module) -> list[str]:
+    return []
 
 
 def _keep_small_parts_on(denoiser: torch.nn.Module, names: Sequence[str], device: torch.device) -> None:
