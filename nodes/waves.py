@@ -155,6 +155,7 @@ class LookaheadRun:
             else:
                 self._schedule = self._denoiser.lookahead(sigmas.tolist())
                 self._schedule.step(step, x)
+                self._schedule.evaluated(result)
             return result
         decision = self._schedule.step(step, x)
 
@@ -165,13 +166,17 @@ class LookaheadRun:
         if decision.exact:
             self.drop()
             if not decision.ahead:
-                return executor(x, sigma, options, seed)
+                result = executor(x, sigma, options, seed)
+                self._schedule.evaluated(result)
+                return result
             launch(step, x)
         for at, point in decision.ahead:
             launch(at, point)
         wave = self._finish(step)
         # the slope found at the predicted point, applied at the true one
-        return wave.result() + (x - wave.x) if wave.predicted else wave.result()
+        result = wave.result() + (x - wave.x) if wave.predicted else wave.result()
+        self._schedule.evaluated(result)
+        return result
 
     def _on_schedule(self, sigmas: torch.Tensor, sigma: float) -> bool:
         return self._next < len(sigmas) and abs(float(sigmas[self._next]) - sigma) <= 1e-6 * max(1.0, sigma)

@@ -5,11 +5,18 @@ to i + N - 2 are known. It is the whole evaluation (latent, timestep, everything
 N - 1 steps later its output is used with the step's true latent. This is ParaStep's reuse-then-predict (arXiv
 2505.14741) with the memory cost of AsyncDiff (arXiv 2406.06911).
 
-The prediction needs no knowledge of the sampler. The slope of a step, (x after - x before) / (sigma after - sigma
-before), is Euler's method's model output; in other methods it also holds their corrections. Slopes are extrapolated
-linearly in step index, and Euler steps along them lead to the predicted latent. So the schedule is right for samplers
-that evaluate the model once per step, at the latents that they pass through; fresh noise cannot be predicted, and then
-the guard makes every step exact.
+A prediction goes on from the true latent in Euler steps along slopes that are extrapolated linearly in step index, so
+it needs no knowledge of the sampler. There are two kinds of slopes to extrapolate:
+
+* paths: (x after - x before) / (sigma after - sigma before) of past steps, whatever made x go that way. Exact where a
+  mask keeps a part of the picture.
+* outputs: (x - denoised) / sigma, the model's own. Samplers of third and fourth order (UniPC, LMS, DEIS) amplify what
+  is rough in the outputs several times over, so their paths are rougher, and predicted from those the run goes astray.
+
+For Euler's method both are the same. The kind is used that has lately foretold the next path better.
+
+The schedule is right for samplers that evaluate the model once per step, at the latents that they pass through. Fresh
+noise cannot be predicted: there the guard makes every step exact.
 """
 
 from __future__ import annotations
@@ -17,9 +24,14 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
+
+SPACING = 2
+BOUND = 0.02
+FORGET = 0.5
+"""The share of a kind's squared error that is carried over from one step to the next."""
 
 
 @dataclass(frozen=True)
@@ -37,35 +49,56 @@ class Decision:
     drift: float
 
 
-class Lookahead:
-    """Decides step by step for one run; keeps ``depth + spacing + 2`` latents at most.
+@dataclass
+class _Slopes:
+    """The newest slopes of one kind, ``spacing`` + 1 of them, and how badly they have foretold paths lately."""
 
-    The first ``warmup`` steps are exact, and in any case the first two, because a prediction needs a slope, and the
-    last one, because ending on a predicted latent is visible. After an exact step the whole pipeline is filled again.
-    A step whose wave was evaluated at a latent that drifted by more than ``bound`` is exact. With ``warmup`` 0 nothing
-    but that guard decides how long the run stays exact at its start: a wave that is thrown away cost no time, because
-    the components would have had nothing else to do.
+    spacing: int
+    known: deque[torch.Tensor] = field(init=False)
+    error: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.known = deque(maxlen=self.spacing + 1)
+
+    def integrate(self, lengths: Sequence[float]) -> torch.Tensor:
+        """Where the coming steps of these ``lengths`` lead to, relative to the latent from which they start."""
+        newest, gap = self.known[-1], len(self.known) - 1
+        way = newest * sum(lengths)
+        if gap:
+            way += (newest - self.known[0]) * (sum(length * t for t, length in enumerate(lengths, 1)) / gap)
+        return way
+
+
+class Lookahead:
+    """Decides step by step for one run; keeps ``depth + 2 * spacing + 4`` latents at most.
+
+    The first ``warmup`` steps are exact; in any case the first two, because a prediction needs a slope, and the last
+    one, because ending on a predicted latent is visible. After an exact step the whole pipeline is filled again. A step
+    whose wave was evaluated at a latent that drifted by more than ``bound`` is exact. With ``warmup`` 0 nothing but
+    that guard decides how long the run stays exact at its start: a wave that is thrown away cost no time, because the
+    components would have had nothing else to do.
     """
 
     def __init__(
-        self, sigmas: Sequence[float], depth: int, warmup: int = 0, bound: float = math.inf, spacing: int | None = None
+        self, sigmas: Sequence[float], depth: int, warmup: int = 0, bound: float = BOUND, spacing: int = SPACING
     ):
         """``sigmas`` has one entry more than there are steps; ``depth`` is the number of waves in flight, N - 1.
 
-        ``spacing`` is how many steps lie between the two slopes that are extrapolated: None for 1, and for 2 where
-        ``depth`` is 3 or more. Raises ValueError for values out of range.
+        ``spacing`` is how many steps lie between the two slopes that are extrapolated. Raises ValueError for values out
+        of range.
         """
-        spacing = (1 if depth < 3 else 2) if spacing is None else spacing
         if len(sigmas) < 2 or depth < 1 or warmup < 0 or spacing < 1 or not bound >= 0:
             raise ValueError(f"no such schedule: {len(sigmas)} sigmas, {depth=}, {warmup=}, {bound=}, {spacing=}")
         self._sigmas = [float(sigma) for sigma in sigmas]
         self._depth = depth
         self._warmup = warmup
         self._bound = bound
-        self._slopes: deque[torch.Tensor] = deque(maxlen=spacing + 1)
+        self._paths = _Slopes(spacing)
+        self._outputs = _Slopes(spacing)
         self._in_flight: dict[int, torch.Tensor] = {}
         self._next = 0
         self._x: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
 
     @property
     def steps(self) -> int:
@@ -79,37 +112,47 @@ class Lookahead:
         if i != self._next or i >= self.steps:
             raise ValueError(f"step {i} came where step {self._next} of {self.steps} was expected")
         self._next += 1
-        self._learn(i, x)
+        self._arrive(i, x)
         point = self._in_flight.pop(i, None)
         drift = math.inf if point is None else _distance(point, x)
         exact = point is None or not drift <= self._bound  # NaN is not within it either
         if exact:
             self._in_flight.clear()
         ahead = []
-        if self._slopes and self._next >= self._warmup:
+        if self._paths.known and self._next >= self._warmup:
             last = min(i + self._depth, self.steps - 2)
             ahead = [(step, self._predict(i, step)) for step in range(i + 1, last + 1) if step not in self._in_flight]
             self._in_flight.update(ahead)
         return Decision(exact, ahead, drift)
 
-    def _learn(self, i: int, x: torch.Tensor) -> None:
+    def evaluated(self, denoised: torch.Tensor) -> None:
+        """The denoised latent that the sampler is given for the step of the last ``step``.
+
+        Optional: without it predictions rest on the paths alone. Call it after every step or after none.
+        """
+        if self._x is None:
+            raise ValueError("nothing can have been evaluated before the first step")
+        self._output = (self._x - denoised) / self._sigmas[self._next - 1]
+
+    def _arrive(self, i: int, x: torch.Tensor) -> None:
         if self._x is not None:
-            apart = self._sigmas[i] - self._sigmas[i - 1]
-            if apart:
-                self._slopes.append((x - self._x) / apart)
-            elif self._slopes:  # a schedule that repeats a sigma
-                self._slopes.append(self._slopes[-1])
+            length = self._sigmas[i] - self._sigmas[i - 1]
+            if length:
+                path = (x - self._x) / length
+                if self._paths.known and self._outputs.known:
+                    for slopes in (self._paths, self._outputs):
+                        slopes.error = FORGET * slopes.error + _distance(slopes.integrate([1.0]), path) ** 2
+                self._paths.known.append(path)
+            elif self._paths.known:  # a schedule that repeats a sigma
+                self._paths.known.append(self._paths.known[-1])
+            if self._output is not None:
+                self._outputs.known.append(self._output)
         self._x = x.clone()  # samplers may go on in place
 
     def _predict(self, i: int, step: int) -> torch.Tensor:
         assert self._x is not None
-        newest, gap = self._slopes[-1], len(self._slopes) - 1
-        lengths = [self._sigmas[j + 1] - self._sigmas[j] for j in range(i, step)]
-        point = self._x + newest * sum(lengths)
-        if gap:
-            bend = sum(length * ahead for ahead, length in enumerate(lengths, 1)) / gap
-            point += (newest - self._slopes[0]) * bend
-        return point
+        better = self._outputs if self._outputs.known and self._outputs.error < self._paths.error else self._paths
+        return self._x + better.integrate([self._sigmas[j + 1] - self._sigmas[j] for j in range(i, step)])
 
 
 def _distance(point: torch.Tensor, x: torch.Tensor) -> float:

@@ -94,7 +94,7 @@ def test_each_rank_holds_its_part_of_the_weights_only(family: str, caplog: pytes
     assert len({rank.shared for rank in ranks}) == 1
     assert sum(rank.nbytes - rank.shared for rank in ranks) + ranks[0].shared == whole
     units = [name for rank in ranks for name in rank.units]
-    assert len(units) == len(set(units)) == {"flux": 6, "unet": 9}[family]
+    assert len(units) == len(set(units)) == {"flux": 6, "unet": 11}[family]
     for rank in ranks:
         assert f"{rank.units[0]} to {rank.units[-1]}: {rank.nbytes / 1e6:.1f} MB of weights" in caplog.text
 
