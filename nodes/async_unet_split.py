@@ -16,10 +16,10 @@ log = logging.getLogger("leapfrog")
 
 class AsyncUNetSplit(io.ComfyNode):
     """
-    Cuts the denoiser into parts, one per device, that compute at the same time (AsyncDiff).
+    Cuts the denoiser into parts, one per device, that work on several steps at the same time.
 
-    A device holds only its own part of the weights. For Stable Diffusion U-Nets and Flux. Put it on the MODEL wire, in
-    front of LoRA nodes or behind them; everything else stays. With one device the model passes through.
+    A device holds only its own part of the weights. For U-Nets and transformers. Put it on the MODEL wire, in front of
+    LoRA nodes or behind them; everything else stays. With one device the model passes through.
     """
 
     @classmethod

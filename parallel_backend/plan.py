@@ -142,13 +142,17 @@ class SplitPlan:
         """The plan for what a user wrote on the node; ``components`` 0 means as many as there are devices for.
 
         Of the devices named, or with "auto" of those there are, two lanes of ``components`` are taken where they allow.
+        A single device makes a plan of one, whatever was asked for.
         """
         machine = this_machine()
+        there = choose_devices(devices, 0, machine)
+        if len(there) == 1:
+            return cls(there)  # nothing to spread: shared workflows open everywhere
         options = {**options, "cfg_lanes": cfg_lanes, "stride": stride}
         if components == 0:
-            return cls(choose_devices(devices, 0, machine), 0, **options)
+            return cls(there, 0, **options)
         lane = components + stride - 1
-        two = cfg_lanes == "on" or (cfg_lanes == "auto" and len(choose_devices(devices, 0, machine)) >= 2 * lane)
+        two = cfg_lanes == "on" or (cfg_lanes == "auto" and len(there) >= 2 * lane)
         return cls(choose_devices(devices, 2 * lane if two else lane, machine), components, **options)
 
     def lanes(self, guided: bool, whole_fits: bool) -> list[list[int]]:

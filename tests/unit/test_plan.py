@@ -112,6 +112,11 @@ def test_conditionings_get_a_lane_each_before_the_pipeline_gets_deeper(
     assert SplitPlan.choose("auto", components, cfg_lanes).lanes(guided, fits) == lanes
 
 
+def test_a_single_device_is_a_plan_of_one():
+    for options in ({}, {"components": 2}, {"components": 2, "cfg_lanes": "on"}, {"components": 3, "stride": 2}):
+        assert SplitPlan.choose("cpu", **{"components": 0, **options}).devices == ("cpu",)
+
+
 def test_a_denoiser_too_large_for_one_of_two_devices_is_cut():
     chosen = SplitPlan.choose("cpu,cpu", 0)
     assert chosen.lanes(guided=True, whole_fits=True) == [[0], [1]]
