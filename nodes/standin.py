@@ -98,7 +98,9 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         made: Any = seed.clone(model_override=(twin, ({}, {}, {}, set())))
         made.parent = None
         made.cached_patcher_init = None
-        made.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.PREDICT_NOISE, "leapfrog", _predict_noise)
+        # outermost: what other nodes do around an evaluation (CFGOverride) belongs to the step that it is for
+        around = made.wrappers.get(WrappersMP.PREDICT_NOISE, {})
+        made.wrappers[WrappersMP.PREDICT_NOISE] = {"leapfrog": [_predict_noise], **around}
         if made.additional_models.pop("multigpu", None):
             log.warning(
                 "Leapfrog: MultiGPU CFG Split in front of Async UNet Split is left out; the split has the GPUs."

@@ -44,7 +44,7 @@ from ranks import EXACT, load, split, the_pool
 stock: Any = import_module("nodes")  # ComfyUI's, which a type checker takes for ours
 context_windows: Any = ContextWindowsManualNode.execute
 
-MODES = ["exact", "lookahead"]
+MODES = ["exact"]
 CLOSE_TO_COMFYUI = {"exact": EXACT, "lookahead": 0.1}
 VISIBLE = 1e-3
 """An attachment that changes the result by less proves nothing."""

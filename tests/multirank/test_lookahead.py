@@ -10,12 +10,22 @@ from typing import Any
 import comfy.model_management
 import pytest
 import torch
+from comfy_extras.nodes_apg import APG
+from comfy_extras.nodes_custom_sampler import CFGOverride
+from comfy_extras.nodes_easycache import EasyCacheNode
+from comfy_extras.nodes_model_advanced import RescaleCFG
 
 import trained
 from generation import Request, distance, generate
 from ranks import EXACT, load, reference, split
 
 STEPS = 20
+ATTACHED: dict[str, Any] = {
+    "APG": lambda model: APG.execute(model, 1.0, 5.0, 0.5).args[0],
+    "RescaleCFG": lambda model: RescaleCFG().patch(model, 0.7)[0],
+    "CFGOverride": lambda model: CFGOverride.execute(model, 1.0, 0.3, 0.7).args[0],
+    "EasyCache": lambda model: EasyCacheNode.execute(model, 0.9, 0.1, 0.9, False).args[0],
+}
 
 
 @cache
@@ -84,6 +94,17 @@ def test_a_sampler_with_other_steps_is_named_in_the_report(caplog: pytest.LogCap
     caplog.set_level(logging.INFO, "leapfrog")
     fidelity("heun", mode="lookahead", warmup=0)
     assert any("lookahead is off in this run" in record.getMessage() for record in caplog.records)
+
+
+@pytest.mark.parametrize("name", ATTACHED)
+def test_nodes_that_keep_state_from_step_to_step(name: str):
+    theirs = trained.pictures(ATTACHED[name](trained.load()), STEPS)
+    assert trained.psnr(theirs, alone()) < 60, "it changes nothing"
+    for model in (
+        ATTACHED[name](split(trained.load(), mode="lookahead", warmup=0)),
+        split(ATTACHED[name](trained.load()), mode="lookahead", warmup=0),
+    ):
+        assert trained.psnr(trained.pictures(model, STEPS), theirs) > 40
 
 
 def test_waves_end_with_a_run_that_is_cancelled():

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+from comfy_extras.nodes_sag import SelfAttentionGuidance
 
 from generation import Request, distance, generate
 from leapfrog.parallel_backend import LeapfrogError
 from ranks import EXACT, load, parastep, reference, split, the_pool
 
 
-def perturbed_attention(model: Any) -> Any:
-    return PerturbedAttentionGuidance.execute(model, 3.0).args[0]
+def self_attention_guidance(model: Any) -> Any:
+    return SelfAttentionGuidance.execute(model, 0.5, 2.0).args[0]
 
 
 def option_of_a_pack(model: Any) -> Any:
@@ -25,7 +25,7 @@ def option_of_a_pack(model: Any) -> Any:
 @pytest.mark.parametrize(
     ("family", "node", "named"),
     [
-        ("unet", perturbed_attention, "runs code inside the denoiser (patches_replace: attn1)"),
+        ("unet", self_attention_guidance, "runs code inside the denoiser that cannot travel"),
         ("flux", option_of_a_pack, "from_a_pack"),
     ],
 )
