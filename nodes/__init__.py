@@ -5,12 +5,13 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from .async_unet_split import AsyncUNetSplit
+from .parastep_ksampler import ParaStepKSampler
 from .parastep_sampler import ParaStepSampler
 
 
 class LeapfrogExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [AsyncUNetSplit, ParaStepSampler]
+        return [AsyncUNetSplit, ParaStepSampler, ParaStepKSampler]
 
 
 async def comfy_entrypoint() -> LeapfrogExtension:

@@ -15,9 +15,10 @@ import comfy.patcher_extension
 import torch
 
 from ..parallel_backend import LanesDenoiser, LeapfrogError, SplitDenoiser
+from .coroutine import pause
 from .inside_patches import ENTRIES, describe
 from .recipe import patches_of
-from .waves import LookaheadRun, ahead, park
+from .waves import LookaheadRun, ahead
 
 Remote = SplitDenoiser | LanesDenoiser
 # Options that only the host's own code reads, and those that travel in a form of their own.
@@ -77,30 +78,34 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     if isinstance(denoiser, LanesDenoiser):
         refuse_hooks(patcher.current_hooks)
     patches = patches_of(patcher)
-    tree = (args, {**kwargs, "transformer_options": going})
+    pending: Any
     try:
         if isinstance(denoiser, LanesDenoiser):
-            tree = (args, {**kwargs, "transformer_options": per_row(going, x.shape[0])})
-            output = denoiser(tree, x, int(kwargs.get("num_video_frames", 1)), patches, tick)
+            tree = (args, {**kwargs, "transformer_options": per_row(going, _rows(x))})
+            pending = denoiser.submit(tree, x, int(kwargs.get("num_video_frames", 1)), patches, tick)
         else:
-            chunks = options.get("cond_or_uncond") or [0]
+            tree = (args, {**kwargs, "transformer_options": going})
             stale = denoiser.plan.mode == "asyncdiff"
-            times = _times(patcher, options) if stale else (1.0, 1.0)
             pending = denoiser.submit(
-                tree, x, patches, tick, chunks=chunks, stream=_stream(patcher, {**options, **going}, x), times=times,
-                ahead=ahead(),
+                tree, x, patches, tick, chunks=options.get("cond_or_uncond") or [0],
+                stream=_stream(patcher, {**options, **going}, x),
+                times=_times(patcher, options) if stale else (1.0, 1.0), ahead=ahead(),
             )  # fmt: skip
-            try:
-                park(pending)
-            except BaseException:
-                denoiser.drop(pending)
-                raise
-            output = denoiser.result(pending, tick)
+        try:
+            pause(pending)
+        except BaseException:
+            denoiser.drop(pending)
+            raise
+        output = denoiser.result(pending, tick)
     except LeapfrogError as error:
         if error.report.code == "rank_oom":
             raise torch.OutOfMemoryError(str(error)) from error
         raise
     return output.to(x.device) if isinstance(x, torch.Tensor) else [part.to(x[0].device) for part in output]
+
+
+def _rows(x: Any) -> int:
+    return (x if isinstance(x, torch.Tensor) else x[0]).shape[0]
 
 
 def per_row(options: dict[str, Any], rows: int) -> dict[str, Any]:

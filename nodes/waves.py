@@ -7,124 +7,41 @@ sampler's thread goes on. Only one thread runs at a time, so nothing in ComfyUI 
 
 from __future__ import annotations
 
-import contextvars
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
 import torch
 
 from ..parallel_backend import SplitDenoiser
+from .coroutine import Coroutine, current
 
 log = logging.getLogger("leapfrog")
-_current: contextvars.ContextVar[Wave | None] = contextvars.ContextVar("leapfrog_wave", default=None)
 
 
-class WaveDropped(BaseException):
-    """Unwinds a wave that nobody waits for any more."""
+class Wave(Coroutine):
+    """One guided evaluation at latent ``x``, under way until it ends; ``predicted``: ahead of the sampler."""
 
-
-class Wave:
-    """One guided evaluation in a thread of its own, which has started and parked, or ended, when this returns."""
-
-    def __init__(self, x: torch.Tensor, predicted: bool, guider: Any, work: Callable[[], torch.Tensor]):
+    def __init__(self, x: torch.Tensor, predicted: bool, guider: Any, work: Callable[[], Any]):
         self.x = x
         self.predicted = predicted
         self._guider = guider
         self._cfg = getattr(guider, "cfg", None)
-        self.pending: Any = None
-        self.ended = False
-        self._result: torch.Tensor | None = None
-        self._error: BaseException | None = None
-        self._dropped = False
-        self._turn = threading.Semaphore(0)
-        self._back = threading.Semaphore(0)
-        state = _TorchState()
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(
-            target=context.run, args=(self._run, state, work), name="leapfrog wave", daemon=True
-        )
-        self._thread.start()
-        self.resume()
+        super().__init__(work, "leapfrog wave")
 
     def resume(self) -> None:
-        """Hand the thread its turn; returns when it parks or ends."""
-        self.pending = None
         # CFGOverride sets the guider's CFG for the time of an evaluation
         outside = getattr(self._guider, "cfg", None)
         self._guider.cfg = self._cfg
-        self._turn.release()
-        self._back.acquire()
+        super().resume()
         self._cfg, self._guider.cfg = self._guider.cfg, outside
-
-    def park(self, pending: Any) -> None:
-        """Called in the wave's thread: give the turn back until ``pending`` is ready."""
-        self.pending = pending
-        self._back.release()
-        self._turn.acquire()
-        if self._dropped:
-            raise WaveDropped
-
-    def result(self) -> torch.Tensor:
-        """What the evaluation returned; raises what it raised."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        assert self._result is not None
-        return self._result
-
-    def drop(self) -> None:
-        """End the thread; whatever it still does is thrown away."""
-        self._dropped = True
-        while not self.ended:
-            self.resume()
-        self._thread.join()
-
-    def _run(self, state: _TorchState, work: Callable[[], torch.Tensor]) -> None:
-        self._turn.acquire()
-        _current.set(self)
-        try:
-            with state.entered():
-                self._result = work()
-        except BaseException as error:
-            self._error = error
-        finally:
-            self.ended = True
-            self._back.release()
-
-
-class _TorchState:
-    """What torch keeps per thread and a sampler's code counts on."""
-
-    def __init__(self) -> None:
-        self._inference = torch.is_inference_mode_enabled()
-        self._grad = torch.is_grad_enabled()
-        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
-
-    @contextmanager
-    def entered(self) -> Iterator[None]:
-        with torch.inference_mode(self._inference), torch.set_grad_enabled(self._grad):
-            if self._stream is None:
-                yield
-            else:
-                with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
-                    yield
-
-
-def park(pending: Any) -> None:
-    """In a wave, wait for one's turn again; elsewhere, nothing."""
-    wave = _current.get()
-    if wave is not None:
-        wave.park(pending)
 
 
 def ahead() -> bool:
     """Whether this is a wave at a predicted point."""
-    wave = _current.get()
-    return wave is not None and wave.predicted
+    wave = current()
+    return isinstance(wave, Wave) and wave.predicted
 
 
 class LookaheadRun:

@@ -22,7 +22,7 @@ from .denoiser import LanesDenoiser, SplitDenoiser
 from .errors import LeapfrogError
 from .plan import LanesPlan, SplitPlan
 from .protocol import Recipe
-from .schedules.parastep import sample_in_rounds
+from .rounds import Rounds
 from .supervisor import ComfyHost
 
 __all__ = [
@@ -31,7 +31,7 @@ __all__ = [
     "LanesPlan",
     "LeapfrogError",
     "Recipe",
+    "Rounds",
     "SplitDenoiser",
     "SplitPlan",
-    "sample_in_rounds",
 ]

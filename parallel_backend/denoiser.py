@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
+from .batching import Rows, batched, rows_of, with_chunks
 from .cutting import FOR_WEIGHTS, choose_cut
 from .errors import LeapfrogError
 from .plan import STALE_MODES, LanesPlan, SplitPlan
@@ -20,15 +21,13 @@ from .schedules.asyncdiff import Streams
 from .schedules.lookahead import Lookahead
 from .schedules.parastep import row_shares
 from .supervisor import Call, ComfyHost, Pool, Tick, acquire, step_timeout_s
-from .tensors import flatten, slice_rows
+from .tensors import flatten
 from .units import Flow
 
 log = logging.getLogger("leapfrog")
 WARM_TIMEOUT_S = 30.0
 WARM_TIMEOUT_FACTOR = 20
 TRACE_ROUNDS = 3
-# Options whose tensors have no rows, whatever their first dimension is.
-WHOLE = frozenset(("inside_patches", "sample_sigmas"))
 
 
 # Weight patches (LoRA and the like) to bake into the ranks' weights: an id that changes whenever they do, a tree, and
@@ -113,41 +112,20 @@ class RemoteDenoiser:
         loaded = self._pool.memory.get("loaded") if self._pool and self._pool.alive else None
         return loaded[1][rank].nbytes if loaded else 0
 
-    def wait(self, pending: Sequence[Pending], tick: Tick) -> Pending:
-        """The first of these evaluations that is ready. Raises LeapfrogError, or what ``tick`` raises."""
+    def _wait(self, calls: Sequence[Call], ranks: Sequence[int], sizes: Sequence[torch.Size], tick: Tick) -> Call:
+        """The first of these calls that has the replies of those of ``ranks`` that it asked."""
         assert self._pool
         # a call of known size gets a tighter deadline; those before it in the pipeline come first
-        known = max(self._slowest.get(one.size, step_timeout_s()) for one in pending)
+        known = max(self._slowest.get(size, step_timeout_s()) for size in sizes)
         timeout = min(step_timeout_s(), max(WARM_TIMEOUT_S, WARM_TIMEOUT_FACTOR * known))
         with self._pool.lock:
-            finals = {rank for one in pending for rank in one.finals}
-            call = self._pool.wait([one.call for one in pending], sorted(finals), timeout, tick)
-        return next(one for one in pending if one.call is call)
+            return self._pool.wait(calls, ranks, timeout, tick)
 
-    def ready(self, pending: Pending) -> bool:
-        return all(rank in pending.call.replies for rank in pending.finals)
-
-    def result(self, pending: Pending, tick: Tick) -> Any:
-        """Wait for an evaluation and return its output, a CPU tensor (or a tree of them, as the model's output is)."""
-        pool = self._pool
-        assert pool and self.report
-        try:
-            self.wait([pending], tick)
-            if pending.measured:
-                pool.wait([pending.call], sorted(pending.call.ranks), step_timeout_s(), tick)
-                pending.measured(max(reply.drift for reply in pending.call.replies.values()))
-            parts = [pool.read(pending.call.replies[rank].output) for rank in pending.finals]
-        finally:
-            self.drop(pending)
-        seconds = time.perf_counter() - pending.sent_at
-        self._slowest[pending.size] = max(self._slowest.get(pending.size, 0.0), seconds)
-        self.report.ended(pending.call.number, seconds)
-        return _joined(parts)
-
-    def drop(self, pending: Pending) -> None:
-        """Nobody will ask for this evaluation's output (again)."""
-        if self._pool and pending.last:
-            self._pool.done(pending.call)
+    def _took(self, call: Call, size: torch.Size, sent_at: float) -> None:
+        seconds = time.perf_counter() - sent_at
+        self._slowest[size] = max(self._slowest.get(size, 0.0), seconds)
+        assert self.report
+        self.report.ended(call.number, seconds)
 
     def _ready_pool(self, tick: Tick) -> Pool:
         if self._pool is None or not self._pool.alive:
@@ -176,15 +154,12 @@ class RemoteDenoiser:
         log.info("Leapfrog: weights in place after %.1f s", time.monotonic() - began)
         return loaded
 
-    def _submit(
-        self, pool: Pool, messages: dict[int, Evaluate], payload: Payload, finals: list[int], size: torch.Size,
-        kind: str, tick: Tick,
-    ) -> Pending:  # fmt: skip
+    def _submit(self, pool: Pool, messages: dict[int, Evaluate], payload: Payload, kind: str, tick: Tick) -> Call:
         assert self.report
         report = self.report
         call = pool.submit(messages, tick, payload, lambda call, rank, reply: report.replied(call, rank, reply))
         report.sent(call.number, kind)
-        return Pending(call, finals, size, time.perf_counter())
+        return call
 
 
 def _no_tick() -> None:
@@ -292,18 +267,44 @@ class SplitDenoiser(RemoteDenoiser):
                 payloads, out = self._write(pool, lanes, inputs, x, chunks, tick)
             return self._send(pool, lanes, payloads, out, x, stream, times, ahead, tick)
 
+    def wait(self, pending: Sequence[Pending], tick: Tick) -> Pending:
+        """The first of these evaluations that is ready. Raises LeapfrogError, or what ``tick`` raises."""
+        finals = {rank for one in pending for rank in one.finals}
+        call = self._wait([one.call for one in pending], sorted(finals), [one.size for one in pending], tick)
+        return next(one for one in pending if one.call is call)
+
+    def result(self, pending: Pending, tick: Tick) -> Any:
+        """Wait for an evaluation and return its output, a CPU tensor (or a tree of them, as the model's output is)."""
+        pool = self._pool
+        assert pool
+        try:
+            self.wait([pending], tick)
+            if pending.measured:
+                pool.wait([pending.call], sorted(pending.call.ranks), step_timeout_s(), tick)
+                pending.measured(max(reply.drift for reply in pending.call.replies.values()))
+            parts = [pool.read(pending.call.replies[rank].output) for rank in pending.finals]
+        finally:
+            self.drop(pending)
+        self._took(pending.call, pending.size, pending.sent_at)
+        return _joined(parts)
+
+    def drop(self, pending: Pending) -> None:
+        """Nobody will ask for this evaluation's output (again)."""
+        if self._pool and pending.last:
+            self._pool.done(pending.call)
+
     def _write(
         self, pool: Pool, lanes: list[Lane], inputs: Any, x: Any, chunks: Sequence[int], tick: Tick
     ) -> tuple[list[Payload], int]:
         """What each lane gets, and where the room for outputs begins."""
-        trees = [_with_chunks(inputs, chunks[slice(*lane.chunks)]) for lane in lanes]
+        trees = [with_chunks(inputs, chunks[slice(*lane.chunks)]) for lane in lanes]
         payload, out = pool.payload(
             trees[0], tick, reserve=_room_for_output(x) * len(lanes) * self.plan.stride, where="denoiser input"
         )
         if len(lanes) == 1:
             return [payload], out
-        rows = _first(x).shape[0]
-        return [_rows_of(payload, tree, rows, *lane.rows) for tree, lane in zip(trees, lanes, strict=True)], out
+        whole = Rows(inputs, _first(x).shape[0])
+        return [rows_of(payload, tree, whole, *lane.rows) for tree, lane in zip(trees, lanes, strict=True)], out
 
     def _send(
         self, pool: Pool, lanes: list[Lane], payloads: list[Payload], out: int, x: Any, stream: Hashable,
@@ -329,7 +330,9 @@ class SplitDenoiser(RemoteDenoiser):
                 )  # fmt: skip
         kind = "ahead" if ahead else "exact" if how.exact else "async"
         finals = [lane.ranks[-1] for lane in lanes]
-        pending = self._submit(pool, messages, payloads[0], finals, _first(x).shape, kind, tick)
+        sent_at = time.perf_counter()
+        call = self._submit(pool, messages, payloads[0], kind, tick)
+        pending = Pending(call, finals, _first(x).shape, sent_at)
         learnt.update((number, rank) for rank in messages)
         if two_steps:
             pending.last = False
@@ -353,10 +356,13 @@ class SplitDenoiser(RemoteDenoiser):
 
     def _prepare(self, pool: Pool, payload: Payload, patches: Patches, tick: Tick) -> bool:
         """Measure, cut and load what is not there yet; whether the pool was asked anything meanwhile."""
-        recipe, cut, lanes, patches_id = pool.memory["loaded"][0] if "loaded" in pool.memory else (None, None, None, "")
-        same = recipe == self.recipe and lanes == self._lanes
+        held = pool.memory["loaded"][0] if "loaded" in pool.memory else None
+        # outlives the weights: a stale mode draws the same picture again only with the same cut
+        purpose = (self.recipe, self._lanes, self.plan.balance)
+        chosen_for, wanted = pool.memory.get("cut", (purpose, None))
+        if chosen_for != purpose:
+            wanted = None
         asked = False
-        wanted = cut if same else None
         if self.components > 1:
             starts = wanted is None or not self.report or not self.report.calls
             traces, asked = self._trace(pool, payload, patches, every_rank=starts, tick=tick)
@@ -365,12 +371,13 @@ class SplitDenoiser(RemoteDenoiser):
                 traces, asked = self._trace(pool, payload, patches, every_rank=True, tick=tick)
             if starts:
                 wanted = choose_cut(traces, self._lanes, self.plan, wanted)
-        if same and wanted == cut and patches_id == patches[0]:
+        if held == (self.recipe, wanted, self._lanes, patches[0]):
             loaded = pool.memory["loaded"][1]
         else:
-            if not same or wanted != cut:
+            if held is None or held[:3] != (self.recipe, wanted, self._lanes):
                 self._forget_streams()
             loaded = self._load(pool, wanted, self._lanes, patches, tick)
+            pool.memory["cut"] = (purpose, wanted)
             asked = True
         assert self.report
         self.report.loaded = loaded
@@ -429,68 +436,145 @@ def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int], tog
     return [Lane(ranks, (share * at, share * (at + 1)), (each * at, each * (at + 1))) for at, ranks in enumerate(lanes)]
 
 
-def _rows_of(payload: Payload, tree: Any, rows: int, begin: int, end: int) -> Payload:
-    """A payload with rows ``[begin, end)`` of its tensors of ``rows`` rows, for a tree that has the same tensors."""
-    spec, _ = flatten(tree, "denoiser input")
-    whole = set(_tensors_under(spec, WHOLE))
-    heads = [head if i in whole else slice_rows(head, rows, begin, end) for i, head in enumerate(payload.heads)]
-    return Payload(payload.arena, spec, heads)
+@dataclass(eq=False)
+class LaneEvaluation:
+    """An evaluation of one lane; once it is sent, rows from ``begin`` of a batch."""
+
+    x: Any
+    rows: Rows
+    batch: _Batch | None = None
+    begin: int = 0
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks that have its rows, in order."""
+        assert self.batch
+        end = self.begin + self.rows.count
+        return [rank for rank, share in self.batch.shares.items() if share[0] < end and self.begin < share[1]]
 
 
-def _tensors_under(node: Any, keys: frozenset[str], inside: bool = False) -> Iterator[int]:
-    """Numbers of a spec's tensors below dict entries with these keys."""
-    kind, body = node
-    if kind == "t" and inside:
-        yield body
-    elif kind in ("l", "u"):
-        for item in body:
-            yield from _tensors_under(item, keys, inside)
-    elif kind == "d":
-        for key, value in body:
-            yield from _tensors_under(value, keys, inside or key[1] in keys)
+@dataclass(eq=False)
+class _Batch:
+    """A call with the rows of ``unread`` evaluations. ``shares`` are the rows ``[begin, end)`` of each rank."""
 
-
-def _with_chunks(inputs: Any, chunks: Sequence[int]) -> Any:
-    """The inputs for some of the chunks: their tensors are sliced later, this is what names the chunks."""
-    args, kwargs = inputs
-    options = kwargs.get("transformer_options")
-    if not options or "cond_or_uncond" not in options:
-        return inputs
-    return args, {**kwargs, "transformer_options": {**options, "cond_or_uncond": list(chunks)}}
+    call: Call
+    size: torch.Size
+    sent_at: float
+    shares: dict[int, tuple[int, int]]
+    unread: int
+    read: dict[int, Any]
 
 
 class LanesDenoiser(RemoteDenoiser):
-    """ParaStep Sampler: each rank holds the whole denoiser and evaluates its share of a call's rows."""
+    """ParaStep: each rank holds the whole denoiser and evaluates its share of the rows of all lanes.
+
+    Evaluations that were submitted travel together, when one of them is waited for or at :meth:`flush`: those that are
+    alike as one batch, of which each rank computes its share at once.
+    """
 
     title = "ParaStep Sampler"
 
     def __init__(self, plan: LanesPlan, recipe: Recipe, host: ComfyHost):
         super().__init__(plan.devices, recipe, host)
         self.plan = plan
+        self.conditionings = 1
         self._run = 0
+        self._unsent: list[LaneEvaluation] = []
+        self._patches: Patches = ("", {}, {})
 
     def begin_run(self) -> None:
         super().begin_run()
+        self.conditionings = 1
+        self._unsent.clear()
         self._run = time.monotonic_ns()
 
-    def __call__(self, inputs: Any, x: torch.Tensor, group: int, patches: Patches, tick: Tick) -> torch.Tensor:
-        """Evaluate the denoiser on ``x`` of ``[rows, ...]``, rows spread over the ranks in groups of ``group``.
+    def submit(self, inputs: Any, x: Any, group: int, patches: Patches, tick: Tick) -> LaneEvaluation:
+        """Take in an evaluation of the denoiser at ``x`` of ``[rows, ...]``; rows stay together in groups of ``group``.
 
-        Tensors in ``inputs`` whose first dimension is the number of rows are spread with them; the rest goes to all.
+        Tensors in ``inputs`` whose first dimension is the number of rows, or of groups, are spread with them; the rest
+        goes to all. ``conditionings`` is how many the calls of the run have had, at most.
         """
-        rows = x.shape[0]
+        if self._unsent and patches[0] != self._patches[0]:
+            self.flush(tick)
+        self._patches = patches
+        evaluation = LaneEvaluation(x, Rows(inputs, _first(x).shape[0], group))
+        self.conditionings = max(self.conditionings, len(evaluation.rows.chunks))
+        self._unsent.append(evaluation)
+        return evaluation
+
+    def flush(self, tick: Tick) -> None:
+        """Send what has been submitted. Raises LeapfrogError."""
+        if not self._unsent:
+            return
+        waiting, self._unsent = self._unsent, []
         pool = self._ready_pool(tick)
         with pool.lock:
             assert self.report
-            self.report.loaded = self._load(pool, None, [[rank] for rank in range(len(self.devices))], patches, tick)
-            room = _room_for_output(x)
-            payload, out = pool.payload(inputs, tick, reserve=room * len(self.devices), where="denoiser input")
-            chunks = inputs[1].get("transformer_options", {}).get("cond_or_uncond") or [0]
-            messages = {}
-            for rank, (begin, end) in enumerate(row_shares(rows, group, len(self.devices))):
-                if begin < end:
-                    own = chunks[begin * len(chunks) // rows : -(-end * len(chunks) // rows)]
-                    share = _rows_of(payload, _with_chunks(inputs, own), rows, begin, end)
-                    messages[rank] = Evaluate(inputs=share, out=out + rank * room, out_size=room, run=self._run)
-            pending = self._submit(pool, messages, payload, sorted(messages), x.shape, f"{rows} rows", tick)
-        return self.result(pending, tick)
+            each_alone = [[rank] for rank in range(len(self.devices))]
+            self.report.loaded = self._load(pool, None, each_alone, self._patches, tick)
+            calls = batched([one.rows for one in waiting])
+            shares = row_shares([(rows.count, rows.group) for rows, _ in calls], len(self.devices))
+            for (rows, members), share in zip(calls, shares, strict=True):
+                self._send(pool, rows, share, [waiting[number] for number in members], tick)
+
+    def _send(
+        self, pool: Pool, rows: Rows, shares: dict[int, tuple[int, int]], members: list[LaneEvaluation], tick: Tick
+    ) -> None:
+        room = _room_for_output(members[0].x) * len(members)
+        payload, out = pool.payload(rows.inputs, tick, reserve=room * len(shares), where="denoiser input")
+        chunks = rows.chunks
+        messages = {}
+        for at, (rank, (begin, end)) in enumerate(shares.items()):
+            own = chunks[begin * len(chunks) // rows.count : -(-end * len(chunks) // rows.count)]
+            share = rows_of(payload, with_chunks(rows.inputs, own), rows, begin, end)
+            messages[rank] = Evaluate(inputs=share, out=out + at * room, out_size=room, run=self._run)
+        sent_at = time.perf_counter()
+        call = self._submit(pool, messages, payload, f"of {len(members)}" if len(members) > 1 else "single", tick)
+        batch = _Batch(
+            call, torch.Size((rows.count, *_first(members[0].x).shape[1:])), sent_at, shares, len(members), {}
+        )
+        for at, member in enumerate(members):
+            member.batch, member.begin = batch, at * member.rows.count
+
+    def wait(self, evaluation: LaneEvaluation, tick: Tick) -> None:
+        """Until the rows of this evaluation are there. Raises LeapfrogError, or what ``tick`` raises."""
+        self.flush(tick)
+        assert evaluation.batch
+        self._wait([evaluation.batch.call], evaluation.ranks, [evaluation.batch.size], tick)
+
+    def result(self, evaluation: LaneEvaluation, tick: Tick) -> Any:
+        """Wait for an evaluation and return its output, a CPU tensor (or a tree of them, as the model's output is)."""
+        try:
+            self.wait(evaluation, tick)
+            batch, pool = evaluation.batch, self._pool
+            assert batch and pool
+            parts = []
+            for rank in evaluation.ranks:
+                if rank not in batch.read:
+                    batch.read[rank] = pool.read(batch.call.replies[rank].output)
+                begin, end = (
+                    max(0, at - batch.shares[rank][0])
+                    for at in (evaluation.begin, evaluation.begin + evaluation.rows.count)
+                )
+                parts.append(_cut(batch.read[rank], begin, end))
+            if batch.unread == 1:
+                self._took(batch.call, batch.size, batch.sent_at)
+        finally:
+            self.drop(evaluation)
+        return _joined(parts)
+
+    def drop(self, evaluation: LaneEvaluation) -> None:
+        """Nobody will ask for this evaluation's output (again)."""
+        if evaluation.batch is None:
+            self._unsent = [one for one in self._unsent if one is not evaluation]
+            return
+        evaluation.batch.unread -= 1
+        if evaluation.batch.unread == 0 and self._pool:
+            self._pool.done(evaluation.batch.call)
+
+
+def _cut(output: Any, begin: int, end: int) -> Any:
+    """Rows ``[begin, end)`` of a denoiser's output."""
+    if isinstance(output, torch.Tensor):
+        return output[begin:end]
+    return type(output)(_cut(part, begin, end) for part in output)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .errors import LeapfrogError
+from .schedules.parastep import PREDICTORS, Guard, Predictor, ideal_speedup
 from .units import find_units
 
 CPU = "cpu"
@@ -15,7 +17,8 @@ SPLIT_MODES = ("lookahead", "asyncdiff", "extrapolated", "exact")
 STALE_MODES = ("asyncdiff", "extrapolated")
 CFG_LANES = ("auto", "on", "off")
 BALANCES = ("speed", "memory")
-PREDICTORS = ("linear", "newest", "paper")
+WORTH = 1.2
+"""Speed-ups below this are not worth the difference."""
 
 
 @dataclass(frozen=True)
@@ -182,27 +185,75 @@ class SplitPlan:
 
 @dataclass(frozen=True)
 class LanesPlan:
-    """ParaStep Sampler: ``lanes`` evaluations per round, spread over ``devices`` that each hold the whole denoiser."""
+    """ParaStep: up to ``lanes`` evaluations per round, spread over ``devices`` that each hold the whole denoiser.
+
+    ``lanes`` 0: as many as are left for each when every conditioning of a call has a device of its own. The first
+    ``warmup`` evaluations are single. ``bound`` is the relative drift of the latent up to which an evaluation is
+    accepted, infinite: all are. ``eager``: all lanes are evaluated in every round, whatever was rejected before.
+    """
 
     devices: tuple[str, ...]
-    lanes: int
-    warmup: int
+    lanes: int = 0
+    warmup: int = 0
     predictor: str = "linear"
+    bound: float = math.inf
+    eager: bool = False
+
+    FIDELITIES: ClassVar = {
+        "exact": (1e-5, True),
+        "faithful": (0.004, False),
+        "balanced": (0.01, False),
+        "fast": (0.02, False),
+        "unguarded": (math.inf, False),
+    }
 
     def __post_init__(self) -> None:
         if self.predictor not in PREDICTORS:
             raise LeapfrogError.of("bad_plan", f"predictor '{self.predictor}' is not one of {', '.join(PREDICTORS)}.")
-        if self.lanes < 1 or self.warmup < 1:
-            raise LeapfrogError.of("bad_plan", f"lanes {self.lanes}, warm-up {self.warmup}: both are at least 1.")
+        if self.lanes < 0 or self.warmup < 0 or not self.bound > 0:
+            raise LeapfrogError.of(
+                "bad_plan", f"lanes {self.lanes}, warm-up {self.warmup}, drift bound {self.bound}: none is negative."
+            )
 
     @classmethod
-    def choose(cls, devices: str, lanes: int, warmup: int, predictor: str) -> LanesPlan:
-        """The plan for what a user wrote on the node; ``lanes`` 0 means one per device.
+    def choose(
+        cls, devices: str, lanes: int, warmup: int = 0, predictor: str = "linear", fidelity: str = "balanced",
+        bound: float = 0.0,
+    ) -> LanesPlan:  # fmt: skip
+        """The plan for what a user wrote on the node; ``bound`` 0 means that of the ``fidelity``.
 
-        With "auto" no more devices than lanes are taken, nor more than there are.
+        With "auto" no more devices are taken than two for each lane can use.
         """
-        machine = this_machine()
-        named = choose_devices(devices, 0, machine)
+        if fidelity not in cls.FIDELITIES:
+            raise LeapfrogError.of("bad_plan", f"fidelity '{fidelity}' is not one of {', '.join(cls.FIDELITIES)}.")
+        named = choose_devices(devices, 0, this_machine())
         if devices.strip().lower() == "auto" and lanes:
-            named = named[:lanes]
-        return cls(named, lanes or len(named), warmup, predictor)
+            named = named[: 2 * lanes]
+        of_fidelity, eager = cls.FIDELITIES[fidelity]
+        return cls(named, lanes, warmup, predictor, bound or of_fidelity, eager)
+
+    def lanes_for(self, conditionings: int) -> int:
+        """Lanes of a run whose calls have so many conditionings."""
+        return self.lanes or max(1, len(self.devices) // conditionings)
+
+    def schedule(self, conditionings: int) -> tuple[Guard, Predictor] | None:
+        """The schedule of such a run, None where evaluations go one by one."""
+        lanes = self.lanes_for(conditionings)
+        if lanes == 1:
+            return None
+        bound = None if math.isinf(self.bound) else self.bound
+        return Guard(lanes, self.warmup, bound, self.eager), Predictor(self.predictor, lanes)
+
+    def promise(self, steps: int, conditionings: int) -> str:
+        """What may be expected of such a run, in a line for the user."""
+        lanes = self.lanes_for(conditionings)
+        bound = ideal_speedup(steps, lanes, self.warmup, len(self.devices), conditionings)
+        what = f"{steps} steps on {len(self.devices)} devices, {lanes} at once"
+        if lanes == 1:
+            how = "exact" if conditionings > 1 else "nothing to spread: set lanes"
+            return f"ParaStep: at most {bound:.2f}x with {what} ({how})"
+        if len(self.devices) == 1:
+            return f"ParaStep: {lanes} steps as one batch on one device; pays only where one step does not fill it"
+        if bound < WORTH:
+            return f"ParaStep: at most {bound:.2f}x with {what}: parallel steps are not worth it here"
+        return f"ParaStep: at most {bound:.2f}x with {what}"

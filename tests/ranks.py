@@ -46,9 +46,16 @@ def split(model: Any, ranks: int = 2, mode: str = "asyncdiff", warmup: int = 2, 
     return AsyncUNetSplit.execute(model, devices, warmup_steps=warmup, mode=mode, **options).args[0]
 
 
-def parastep(lanes: int, ranks: int = 2, warmup: int = 2, base: str = "euler", predictor: str = "linear") -> Any:
-    """The SAMPLER that ParaStep Sampler gives."""
-    return ParaStepSampler.execute(base, lanes, warmup, ",".join(["cpu"] * ranks), predictor).args[0]
+def parastep(
+    lanes: int, ranks: int = 2, warmup: int = 2, base: Any = "euler", predictor: str = "linear",
+    fidelity: str = "unguarded", drift_bound: float = 0.0,
+) -> Any:  # fmt: skip
+    """The SAMPLER that ParaStep Sampler gives, around a sampler's name or a SAMPLER."""
+    named = {"base_sampler": base} if isinstance(base, str) else {"base_sampler": "euler", "sampler": base}
+    return ParaStepSampler.execute(
+        **named, fidelity=fidelity, lanes=lanes, devices=",".join(["cpu"] * ranks), warmup_steps=warmup,
+        predictor=predictor, drift_bound=drift_bound,
+    ).args[0]  # fmt: skip
 
 
 def with_lora(model: Any, strength: float = 1.0) -> Any:

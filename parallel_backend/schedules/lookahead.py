@@ -28,6 +28,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .drift import distance
+
 SPACING = 2
 BOUND = 0.02
 FORGET = 0.5
@@ -114,7 +116,7 @@ class Lookahead:
         self._next += 1
         self._arrive(i, x)
         point = self._in_flight.pop(i, None)
-        drift = math.inf if point is None else _distance(point, x)
+        drift = math.inf if point is None else distance(point, x)
         exact = point is None or not drift <= self._bound  # NaN is not within it either
         if exact:
             self._in_flight.clear()
@@ -141,7 +143,7 @@ class Lookahead:
                 path = (x - self._x) / length
                 if self._paths.known and self._outputs.known:
                     for slopes in (self._paths, self._outputs):
-                        slopes.error = FORGET * slopes.error + _distance(slopes.integrate([1.0]), path) ** 2
+                        slopes.error = FORGET * slopes.error + distance(slopes.integrate([1.0]), path) ** 2
                 self._paths.known.append(path)
             elif self._paths.known:  # a schedule that repeats a sigma
                 self._paths.known.append(self._paths.known[-1])
@@ -153,12 +155,6 @@ class Lookahead:
         assert self._x is not None
         better = self._outputs if self._outputs.known and self._outputs.error < self._paths.error else self._paths
         return self._x + better.integrate([self._sigmas[j + 1] - self._sigmas[j] for j in range(i, step)])
-
-
-def _distance(point: torch.Tensor, x: torch.Tensor) -> float:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    off, size = (torch.linalg.vector_norm(v.flatten(1), dim=1, dtype=dtype) for v in (point - x, x))
-    return float((off / size.clamp_min(torch.finfo(torch.float32).tiny)).max())
 
 
 def ideal_speedup(exact: Iterable[bool], slowest: float) -> float:

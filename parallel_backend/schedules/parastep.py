@@ -1,128 +1,214 @@
-"""ParaStep (arXiv 2505.14741, section 3): rounds of steps evaluated at once, from latents on reused predictions.
+"""ParaStep (arXiv 2505.14741, section 3), reuse-then-predict, for any sampler.
 
-Shapes: ``x`` and every prediction are latents ``[batch, ...]``; ``d`` is the derivative dx/dsigma, which is the model's
-own output for noise-predicting and flow-matching models. All functions are the mathematics only: evaluating the model
-is the caller's.
+A sampler is taken as a sequence of evaluations of the denoiser. In a round several consecutive ones are evaluated at
+once: the first at the sampler's true latent, the others at the latents that a copy of the sampler reaches on predicted
+outputs. The fresh outputs are then given to the sampler in order, so that its history consists of fresh ones only.
+
+Shapes: a latent ``x`` is ``[batch, ...]`` in the sampler's variables, ``x = signal + sigma * noise`` up to a scale.
+What an evaluation gives is one or several denoised latents of the same shape (guided, unconditional). They are carried
+from one latent to another in one of two spaces:
+
+* slope: ``(x - denoised) / sigma``, which is dx/dsigma and the model's own output where it predicts noise or flow. What
+  a deterministic sampler moves along is smooth in it.
+* denoised: the prediction of the clean latent. Fresh noise of a stochastic sampler does not disturb it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
+from .drift import distance
 
-def rounds(steps: int, lanes: int, warmup: int) -> list[tuple[int, int]]:
-    """``(first step, length)`` of all rounds: ``warmup`` single steps, rounds of up to ``lanes``, the last step alone.
+PREDICTORS = ("linear", "newest", "paper")
+FORGET = 0.5
+"""The share of a space's squared error that is carried over from one evaluation to the next."""
+APART = 0.5
+"""Evaluations closer than this many steps tell nothing of the way between them."""
 
-    The last step starts from a latent that was never predicted: ending on a predicted one costs up to 15 dB.
+Outputs = tuple[torch.Tensor, ...]
+
+
+def ideal_speedup(steps: int, lanes: int, warmup: int = 0, devices: int | None = None, conditionings: int = 1) -> float:
+    """Speed against one device where a call costs its largest share of the rows, and no evaluation is thrown away.
+
+    ``warmup`` steps, at least two, and the last one go singly, with their ``conditionings`` spread over the
+    ``devices`` (by default one for each lane); every other round has all lanes.
     """
-    plan = [(i, 1) for i in range(min(warmup, steps))]
-    at = len(plan)
-    while at < steps - 1:
-        length = min(lanes, steps - 1 - at)
-        plan.append((at, length))
-        at += length
-    if at < steps:
-        plan.append((at, 1))
-    return plan
+    devices = lanes if devices is None else devices
+    single = math.ceil(conditionings / devices)
+    alone = min(steps, max(2, warmup) + 1) if lanes > 1 else steps
+    rounds = math.ceil((steps - alone) / lanes)
+    return steps * conditionings / (alone * single + rounds * math.ceil(lanes * conditionings / devices))
 
 
-def ideal_speedup(steps: int, lanes: int, warmup: int) -> float:
-    """Speed against one device when a round costs one evaluation: the paper's w + ceil((n - w) / p) of them."""
-    exact = min(warmup, steps)
-    return steps / (exact + math.ceil((steps - exact) / lanes))
+def position(sigma: float, sigmas: Sequence[float]) -> float:
+    """Where ``sigma`` lies in a falling schedule, in steps: between those of two steps, a fraction."""
+    for i, (here, there) in enumerate(pairwise(sigmas)):
+        if sigma >= there:
+            return i if sigma >= here or here == there else i + (here - sigma) / (here - there)
+    return len(sigmas) - 1
 
 
-def euler_step(x: torch.Tensor, d: torch.Tensor, sigma: torch.Tensor, sigma_next: torch.Tensor) -> torch.Tensor:
-    """One step of Euler's method, which is also DDIM with eta 0 (arXiv 2010.02502) in these variables."""
-    return x + d * (sigma_next - sigma)
+def slope(x: torch.Tensor, denoised: torch.Tensor, sigma: float) -> torch.Tensor:
+    return (x - denoised) / sigma if sigma else torch.zeros_like(x)
 
 
 @dataclass
-class Predictor:
-    """Remembers fresh predictions and guesses the one a lane has not computed yet.
+class _Known:
+    """An evaluation's outputs at step ``at``, in both spaces."""
 
-    kind "paper": lane r repeats what lane r computed last. "newest": every lane repeats the newest. "linear": two fresh
-    predictions, ``spacing`` steps apart, extrapolated in step index.
+    at: float
+    slopes: Outputs
+    denoised: Outputs
+    lane: int
+
+    def of(self, space: str) -> Outputs:
+        return self.slopes if space == "slope" else self.denoised
+
+
+class Predictor:
+    """Remembers fresh outputs and says what an evaluation to come will probably give.
+
+    kind "linear": two outputs, ``spacing`` steps apart, continued linearly in step index. "newest": the newest output.
+    "paper": lane r repeats what lane r computed last. Those two reuse slopes, as published; "linear" uses the space in
+    which it has lately foretold better.
     """
 
-    kind: str
-    lanes: int
-    by_step: dict[int, torch.Tensor] = field(default_factory=dict)
-    by_lane: dict[int, torch.Tensor] = field(default_factory=dict)
+    def __init__(self, kind: str, lanes: int):
+        self.kind = kind
+        self.spacing = 2 if lanes >= 4 else 1
+        self._known: dict[int, _Known] = {}
+        self._by_lane: dict[int, _Known] = {}
+        self._rejected: dict[int, _Known] = {}
+        self._errors = {"slope": 0.0, "denoised": 0.0}
 
     @property
-    def spacing(self) -> int:
-        return 2 if self.lanes >= 4 else 1
+    def space(self) -> str:
+        """The space in which outputs are carried over now."""
+        return "denoised" if self._errors["denoised"] < self._errors["slope"] else "slope"
 
-    def add(self, step: int, lane: int, d: torch.Tensor) -> None:
-        self.by_step[step] = d
-        self.by_lane[lane] = d
-        self.by_step.pop(step - self.spacing - 1, None)
+    def add(self, index: int, at: float, x: torch.Tensor, sigma: float, outputs: Outputs, lane: int) -> None:
+        """The fresh ``outputs`` of evaluation ``index``, at latent ``x`` and step ``at``, were given to the sampler."""
+        new = self._entry(at, x, sigma, outputs, lane)
+        self._rejected = {i: one for i, one in self._rejected.items() if i > index}
+        if self.kind == "linear" and self._known:
+            for space in self._errors:
+                guess = self._continued(at, space, list(self._known.values()))[0]
+                off = torch.linalg.vector_norm(guess - new.of(space)[0]) * (sigma if space == "slope" else 1.0)
+                self._errors[space] = FORGET * self._errors[space] + float(off) ** 2
+        self._known[index] = self._by_lane[lane] = new
+        for old in [i for i, one in self._known.items() if one.at < at - self.spacing - 2 * APART or i < index - 8]:
+            del self._known[old]
 
-    def guess(self, lane: int, step: int) -> torch.Tensor:
-        """The prediction that ``lane`` uses to advance over ``step``. At least one prediction must have been added."""
-        newest = max(self.by_step)
-        if self.kind == "paper":
-            return self.by_lane.get(lane, self.by_step[newest])
-        older = self.by_step.get(newest - self.spacing)
-        if self.kind == "newest" or older is None:
-            return self.by_step[newest]
-        slope = (self.by_step[newest] - older) / self.spacing
-        return self.by_step[newest] + slope * (step - newest)
+    def reject(self, index: int, at: float, x: torch.Tensor, sigma: float, outputs: Outputs, lane: int) -> None:
+        """The outputs of evaluation ``index``, at a latent that drifted too far, are good enough for a prediction."""
+        self._rejected[index] = self._entry(at, x, sigma, outputs, lane)
+
+    def forget(self) -> None:
+        """What was known tells nothing of what comes."""
+        self._known.clear()
+        self._by_lane.clear()
+        self._rejected.clear()
+
+    def guess(self, index: int, at: float, x: torch.Tensor, sigma: float, lane: int) -> Outputs:
+        """What evaluation ``index`` at latent ``x`` and step ``at`` will give. Something must be known."""
+        if self.kind == "linear":
+            if index in self._rejected:
+                found = self._rejected[index].of(self.space)
+            else:
+                found = self._continued(at, self.space, [*self._known.values(), *self._rejected.values()])
+            return carried(found, x, sigma) if self.space == "slope" else found
+        newest = self._known[max(self._known)]
+        reused = self._by_lane.get(lane, newest) if self.kind == "paper" else newest
+        return carried(reused.slopes, x, sigma)
+
+    def transfer(self, outputs: Outputs, point: torch.Tensor, x: torch.Tensor) -> Outputs:
+        """Outputs found at ``point``, for the latent ``x`` with the same sigma."""
+        if point is x or (self.kind == "linear" and self.space == "denoised"):
+            return outputs
+        return tuple(denoised + (x - point) for denoised in outputs)
+
+    def _continued(self, at: float, space: str, known: list[_Known]) -> Outputs:
+        newest = max(known, key=lambda one: one.at)
+        earlier = [one for one in known if one.at <= newest.at - APART]
+        if not earlier:
+            return newest.of(space)
+        older = min(earlier, key=lambda one: (abs(newest.at - one.at - self.spacing), one.at))
+        share = (at - newest.at) / (newest.at - older.at)
+        pairs = zip(newest.of(space), older.of(space), strict=True)
+        return tuple(torch.lerp(new, old, -share) for new, old in pairs)
+
+    @staticmethod
+    def _entry(at: float, x: torch.Tensor, sigma: float, outputs: Outputs, lane: int) -> _Known:
+        return _Known(at, tuple(slope(x, denoised, sigma) for denoised in outputs), outputs, lane)
 
 
-def lane_points(
-    x: torch.Tensor, sigmas: torch.Tensor, start: int, length: int, predictor: Predictor
-) -> list[torch.Tensor]:
-    """The latents at which the lanes of a round evaluate: lane r is r steps past ``x`` on guessed predictions."""
-    points = [x]
-    for lane in range(1, length):
-        point = x
-        for step in range(start, start + lane):
-            point = euler_step(point, predictor.guess(lane, step), sigmas[step], sigmas[step + 1])
-        points.append(point)
-    return points
+def carried(slopes: Outputs, x: torch.Tensor, sigma: float) -> Outputs:
+    """The denoised latents that ``slopes`` mean at ``x``."""
+    return tuple(x - one * sigma for one in slopes)
 
 
-def sample_in_rounds(
-    evaluate: Callable[[list[torch.Tensor], int], list[torch.Tensor]],
-    x: torch.Tensor,
-    sigmas: torch.Tensor,
-    lanes: int,
-    warmup: int,
-    predictor: str = "linear",
-    on_step: Callable[[int, torch.Tensor, torch.Tensor], None] = lambda step, x, denoised: None,
-) -> torch.Tensor:
-    """Euler's method (and DDIM) in rounds of ``lanes`` steps. Returns the last latent.
+class Guard:
+    """How many evaluations a round has, and which of them are accepted.
 
-    ``x`` is ``[batch, ...]`` at ``sigmas[0]``; ``sigmas`` has one entry more than there are steps.
-    ``evaluate(points, first)`` gives the denoised latents of ``points``, which belong to steps ``first``, ``first + 1``
-    and so on; all of a round's evaluations are in one call. ``on_step(step, x, denoised)`` is called after every step's
-    evaluation, in order, with the latent before the step.
+    An evaluation is accepted while the latent at which it was made is within ``bound`` of the true one (relative, the
+    worst sample of the batch). A round that is accepted whole lets the next one grow by one lane, if that lane would
+    have been accepted, too: its latent is predicted and compared, not evaluated. A round that is cut lets the next
+    one shrink to what was accepted. So the run starts with single steps for as long as predictions are poor.
+    ``eager``: every round has all lanes all the same, to improve rejected ones. Without a bound all is accepted.
     """
-    known = Predictor(predictor, lanes)
-    for start, length in rounds(len(sigmas) - 1, lanes, warmup):
-        points = lane_points(x, sigmas, start, length, known)
-        for lane, (point, denoised) in enumerate(zip(points, evaluate(points, start), strict=True)):
-            step = start + lane
-            d = (point - denoised) / sigmas[step]
-            known.add(step, lane, d)
-            on_step(step, x, denoised)
-            x = euler_step(x, d, sigmas[step], sigmas[step + 1])
-    return x
+
+    def __init__(self, lanes: int, warmup: int = 0, bound: float | None = None, eager: bool = False):
+        """Raises ValueError for values out of range."""
+        if lanes < 1 or warmup < 0 or (bound is not None and not bound >= 0):
+            raise ValueError(f"no such guard: {lanes=}, {warmup=}, {bound=}")
+        self._lanes = lanes
+        self._warmup = warmup
+        self._bound = bound
+        self._grown = lanes if bound is None or eager else 1
+        self._eager = eager
+
+    def length(self, index: int) -> int:
+        """Evaluations in a round that begins with evaluation ``index``."""
+        return 1 if index < max(1, self._warmup) else self._grown
+
+    def accepts(self, point: torch.Tensor, x: torch.Tensor) -> bool:
+        """Whether an evaluation at ``point`` may stand for one at ``x``."""
+        if self._bound is None:
+            return True
+        return distance(point, x) <= self._bound
+
+    def cut(self, accepted: int) -> None:
+        """A round of more than ``accepted`` evaluations had only the first of them accepted."""
+        if not self._eager:
+            self._grown = max(1, accepted)
+
+    def spare(self, lane: int, point: torch.Tensor, x: torch.Tensor) -> None:
+        """A round was accepted whole; ``point`` was predicted for one more ``lane``, whose true latent is ``x``."""
+        if not self._eager and lane < self._lanes and self.accepts(point, x):
+            self._grown = max(self._grown, lane + 1)
 
 
-def row_shares(rows: int, group: int, ranks: int) -> Sequence[tuple[int, int]]:
-    """``[begin, end)`` of the rows for each rank: consecutive, as even as groups of ``group`` rows allow, maybe empty.
+def row_shares(calls: Sequence[tuple[int, int]], ranks: int) -> list[dict[int, tuple[int, int]]]:
+    """Who evaluates what: for each call of ``(rows, group)`` the rows ``[begin, end)`` of each rank that has some.
 
-    With rows ordered conditioning by conditioning, two ranks get the unconditional and the conditional half: CFG lanes
-    come out of the same rule.
+    All calls' rows are dealt as one sequence, consecutive and as even as groups of rows that stay together allow. With
+    rows ordered evaluation by evaluation, and conditioning by conditioning in each, two ranks get one of two
+    evaluations each, or the unconditional and the conditional half of a single one (CFG lanes): one rule for both.
     """
-    if rows % group:
-        raise ValueError(f"{rows} rows are not groups of {group}")
-    groups = rows // group
-    return [(groups * r // ranks * group, groups * (r + 1) // ranks * group) for r in range(ranks)]
+    sizes = [rows // group for rows, group in calls]
+    total, shares, before = sum(sizes), [], 0
+    for size, (_, group) in zip(sizes, calls, strict=True):
+        own = {}
+        for rank in range(ranks):
+            begin, end = (min(size, max(0, total * r // ranks - before)) for r in (rank, rank + 1))
+            if begin < end:
+                own[rank] = (begin * group, end * group)
+        shares.append(own)
+        before += size
+    return shares

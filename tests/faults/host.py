@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ BACKEND = Path(__file__).resolve().parents[2] / "parallel_backend"
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
     spec = importlib.util.spec_from_file_location(
         "parallel_backend", BACKEND / "__init__.py", submodule_search_locations=[str(BACKEND)]
     )

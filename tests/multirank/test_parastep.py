@@ -121,8 +121,8 @@ def test_every_row_of_a_round_has_the_prompt_of_its_own_step(warmup: int, monkey
         look(args[:3], theirs)
         return executor(*args, **kwargs)
 
-    original = LanesDenoiser.__call__
-    monkeypatch.setattr(LanesDenoiser, "__call__", record)
+    original = LanesDenoiser.submit
+    monkeypatch.setattr(LanesDenoiser, "submit", record)
     request = Request(steps=12, cfg=1.0)
     generate(load("flux"), request, parastep(2, warmup=warmup), positive)
     watched = load("flux").clone()

@@ -1,135 +1,207 @@
-"""The mathematics of ParaStep, without a model: a 'denoiser' here is a formula."""
+"""The mathematics of ParaStep, without a sampler: predictors, guard, who evaluates what."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leapfrog.parallel_backend.schedules.parastep import ideal_speedup, rounds, row_shares, sample_in_rounds
+from leapfrog.parallel_backend.schedules.parastep import Guard, Predictor, ideal_speedup, position, row_shares
 
-STEPS = st.integers(1, 40)
-LANES = st.integers(1, 8)
-WARMUP = st.integers(1, 12)
-KINDS = st.sampled_from(["linear", "newest", "paper"])
+SIGMA = 2.0
 
 
-def schedule(steps: int) -> torch.Tensor:
-    return torch.cat([torch.linspace(14.6, 0.1, steps), torch.zeros(1)])
+def latent(seed: int) -> torch.Tensor:
+    return torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def derivative_to_denoised(derivative: Callable[[torch.Tensor, int], torch.Tensor], sigmas: torch.Tensor):
-    """The ``evaluate`` of a denoiser whose derivative at a latent and a step is given."""
-
-    def evaluate(points: list[torch.Tensor], first: int) -> list[torch.Tensor]:
-        return [point - sigmas[first + i] * derivative(point, first + i) for i, point in enumerate(points)]
-
-    return evaluate
+def tell(predictor: Predictor, step: int, slope: torch.Tensor, lane: int = 0) -> None:
+    """A fresh output at ``step`` whose slope is given, at some latent."""
+    x = latent(step)
+    predictor.add(step, step, x, SIGMA, (x - SIGMA * slope,), lane)
 
 
-def euler(
-    derivative: Callable[[torch.Tensor, int], torch.Tensor], x: torch.Tensor, sigmas: torch.Tensor
-) -> torch.Tensor:
-    """ComfyUI's sample_euler, line by line."""
-    for i in range(len(sigmas) - 1):
-        denoised = x - sigmas[i] * derivative(x, i)
-        d = (x - denoised) / sigmas[i]
-        x = x + d * (sigmas[i + 1] - sigmas[i])
-    return x
+def guessed_slope(predictor: Predictor, step: int, lane: int = 0) -> torch.Tensor:
+    x = latent(1000 + step)
+    return (x - predictor.guess(step, step, x, SIGMA, lane)[0]) / SIGMA
 
 
-@given(STEPS, LANES, WARMUP)
-def test_rounds_cover_every_step_once_and_in_order(steps: int, lanes: int, warmup: int):
-    plan = rounds(steps, lanes, warmup)
-    assert [step for first, length in plan for step in range(first, first + length)] == list(range(steps))
-    assert all(1 <= length <= lanes for _, length in plan)
-    assert [length for first, length in plan if first < warmup] == [1] * min(warmup, steps)
-    assert plan[-1][1] == 1, "the last step starts from a latent that was never predicted"
+@given(st.integers(2, 8), st.integers(3, 12), st.integers(1, 8))
+def test_linear_continues_what_is_linear_in_the_step(lanes: int, known: int, ahead: int):
+    predictor = Predictor("linear", lanes)
+    for step in range(known):
+        tell(predictor, step, latent(500) + step * latent(501))
+    step = known - 1 + ahead
+    torch.testing.assert_close(guessed_slope(predictor, step), latent(500) + step * latent(501))
 
 
-@given(STEPS, LANES, WARMUP, KINDS)
-def test_every_step_gets_exactly_one_fresh_prediction(steps: int, lanes: int, warmup: int, kind: str):
-    sigmas, seen, told = schedule(steps), [], []
-    evaluate = derivative_to_denoised(lambda x, step: seen.append(step) or x * 0.1, sigmas)
-    sample_in_rounds(
-        evaluate, torch.ones(1, 2), sigmas, lanes, warmup, kind, on_step=lambda step, _x, _denoised: told.append(step)
-    )
-    assert seen == told == list(range(steps))
+@pytest.mark.parametrize(("lanes", "apart"), [(2, 1), (3, 1), (4, 2), (8, 2)])
+def test_linear_takes_points_two_apart_from_four_lanes_on(lanes: int, apart: int):
+    predictor = Predictor("linear", lanes)
+    for step, slope in enumerate([0.0, 1.0, 4.0, 9.0]):
+        tell(predictor, step, torch.full((2, 3), slope, dtype=torch.float64))
+    expected = 9.0 + (5.0 if apart == 1 else (9.0 - 1.0) / 2)
+    torch.testing.assert_close(guessed_slope(predictor, 4), torch.full((2, 3), expected, dtype=torch.float64))
 
 
-@given(STEPS, WARMUP, KINDS)
-def test_one_lane_is_eulers_method_bit_for_bit(steps: int, warmup: int, kind: str):
-    sigmas = schedule(steps)
-    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(steps))
-    derivative = lambda x, step: torch.sin(x * (step + 1))  # noqa: E731
-    ours = sample_in_rounds(derivative_to_denoised(derivative, sigmas), x, sigmas, 1, warmup, kind)
-    assert torch.equal(ours, euler(derivative, x, sigmas))
+def test_linear_repeats_the_only_output_it_knows():
+    predictor = Predictor("linear", 2)
+    tell(predictor, 0, latent(7))
+    torch.testing.assert_close(guessed_slope(predictor, 1), latent(7))
 
 
-@given(st.integers(6, 30), LANES, st.integers(3, 12))
-def test_linear_prediction_is_exact_where_predictions_are_linear_in_the_step(steps: int, lanes: int, warmup: int):
-    sigmas = schedule(steps).double()
-    x = torch.randn(2, 4, generator=torch.Generator().manual_seed(steps)).double()
-    trajectory, points_seen = [], {}
-    derivative = lambda _x, step: torch.full_like(x, 0.3 + 0.07 * step)  # noqa: E731
-    euler(lambda x, step: trajectory.append(x) or derivative(x, step), x, sigmas)
-
-    def record(point: torch.Tensor, step: int) -> torch.Tensor:
-        points_seen[step] = point
-        return derivative(point, step)
-
-    sample_in_rounds(derivative_to_denoised(record, sigmas), x, sigmas, lanes, warmup, "linear")
-    for step, true in enumerate(trajectory):
-        torch.testing.assert_close(points_seen[step], true)
+def test_two_evaluations_at_the_same_time_make_no_slope():
+    predictor = Predictor("linear", 2)
+    x = latent(1)
+    for index, at in enumerate([0.0, 1.0, 1.0]):
+        predictor.add(index, at, x, SIGMA, (x - SIGMA * (at + index * 1e-3),), 0)
+    guess = predictor.guess(3, 2.0, x, SIGMA, 0)[0]
+    torch.testing.assert_close((x - guess) / SIGMA, torch.full_like(x, 2.0), atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["newest", "paper"])
-def test_reuse_is_exact_where_predictions_are_constant(kind: str):
-    sigmas = schedule(11).double()
-    x = torch.zeros(1, 3).double()
-    derivative = lambda x, _step: torch.ones_like(x)  # noqa: E731
-    ours = sample_in_rounds(derivative_to_denoised(derivative, sigmas), x, sigmas, 3, 2, kind)
-    torch.testing.assert_close(ours, euler(derivative, x, sigmas))
+def test_newest_repeats_the_newest_and_paper_the_lanes_own():
+    for kind, expected in (("newest", 30), ("paper", 31)):
+        predictor = Predictor(kind, 2)
+        tell(predictor, 0, latent(29))
+        tell(predictor, 1, latent(31), lane=1)
+        tell(predictor, 2, latent(30), lane=0)
+        torch.testing.assert_close(guessed_slope(predictor, 4, lane=1), latent(expected))
 
 
-def test_the_paper_predictor_repeats_a_lanes_own_last_prediction():
-    sigmas, points = schedule(8), {}
+def test_a_rejected_output_is_the_prediction_for_its_evaluation_until_the_fresh_one_comes():
+    predictor = Predictor("linear", 2)
+    for step in range(3):
+        tell(predictor, step, latent(500) + step * latent(501))
+    x = latent(3)
+    predictor.reject(3, 3, x, SIGMA, (x - SIGMA * latent(99),), 1)
+    torch.testing.assert_close(guessed_slope(predictor, 3), latent(99))
+    tell(predictor, 3, latent(500) + 3 * latent(501))
+    torch.testing.assert_close(guessed_slope(predictor, 4), latent(500) + 4 * latent(501))
 
-    def evaluate(at: list[torch.Tensor], first: int) -> list[torch.Tensor]:
-        points.update({first + i: point for i, point in enumerate(at)})
-        return [point - sigmas[first + i] * (first + i) for i, point in enumerate(at)]  # derivative: the step's number
 
-    sample_in_rounds(evaluate, torch.zeros(1), sigmas, 2, 1, "paper")
-    # rounds (0) (1 2) (3 4) (5 6) (7): lane 1 reaches step 4 with its own last prediction, of step 2
-    torch.testing.assert_close(points[4], points[3] + 2 * (sigmas[4] - sigmas[3]))
+def test_what_was_forgotten_is_not_continued():
+    predictor = Predictor("linear", 2)
+    tell(predictor, 0, latent(1))
+    tell(predictor, 1, latent(2))
+    predictor.forget()
+    tell(predictor, 2, latent(3))
+    torch.testing.assert_close(guessed_slope(predictor, 3), latent(3))
+
+
+def test_outputs_are_carried_in_the_space_that_foretells_better():
+    """Where latents jump (fresh noise) and what is denoised does not, slopes foretell nothing."""
+    jumping, smooth = Predictor("linear", 2), Predictor("linear", 2)
+    for step in range(6):
+        x = 10 * latent(step)
+        jumping.add(step, step, x, SIGMA, (latent(500) + step * latent(501),), 0)
+        smooth.add(step, step, x, SIGMA, (x - SIGMA * (latent(500) + step * latent(501)),), 0)
+    assert (jumping.space, smooth.space) == ("denoised", "slope")
+    torch.testing.assert_close(jumping.guess(6, 6, latent(77), SIGMA, 0)[0], latent(500) + 6 * latent(501))
+    point, x, found = latent(1), latent(2), latent(3)
+    assert jumping.transfer((found,), point, x)[0] is found
+    torch.testing.assert_close(smooth.transfer((found,), point, x)[0], found + x - point)
+    assert smooth.transfer((found,), x, x)[0] is found
+
+
+def test_all_outputs_of_an_evaluation_are_predicted():
+    predictor = Predictor("linear", 2)
+    x = latent(0)
+    for step in range(3):
+        predictor.add(step, step, x, SIGMA, (x - SIGMA * step, x + SIGMA * 2 * step), 0)
+    first, second = predictor.guess(3, 3, x, SIGMA, 0)
+    torch.testing.assert_close(first, x - SIGMA * 3)
+    torch.testing.assert_close(second, x + SIGMA * 6)
+
+
+def test_no_more_is_remembered_than_is_of_use():
+    predictor = Predictor("linear", 8)
+    for step in range(100):
+        tell(predictor, step, latent(step))
+    assert len(predictor._known) <= 4
+
+
+SCHEDULE = [10.0, 6.0, 3.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(
-    ("steps", "lanes", "warmup", "published"),
-    [(50, 2, 5, 1.79), (50, 4, 5, 2.94), (50, 8, 5, 4.55), (50, 2, 13, 1.56), (50, 4, 13, 2.17), (50, 8, 13, 2.78),
-     (200, 2, 5, 1.94), (200, 4, 5, 3.70), (200, 8, 5, 6.67), (8, 2, 2, 1.6), (4, 2, 1, 1.33)],
+    ("sigma", "at"), [(12.0, 0), (10.0, 0), (8.0, 0.5), (6.0, 1), (2.0, 2.5), (1.0, 3), (0.25, 3.75), (0.0, 4)]
+)
+def test_an_evaluation_lies_between_the_steps_of_its_sigma(sigma: float, at: float):
+    assert position(sigma, SCHEDULE) == pytest.approx(at)
+
+
+def test_a_guard_without_a_bound_has_all_lanes_after_the_warm_up():
+    guard = Guard(4, warmup=3)
+    assert [guard.length(index) for index in range(5)] == [1, 1, 1, 4, 4]
+    assert guard.accepts(latent(0), latent(1))
+
+
+def test_a_guard_accepts_within_its_bound_the_worst_sample_of_the_batch():
+    guard = Guard(2, bound=0.1)
+    x = torch.ones(2, 4)
+    assert guard.accepts(x * 1.09, x)
+    assert not guard.accepts(x * 1.11, x)
+    assert not guard.accepts(x * torch.tensor([[1.0], [1.2]]), x)
+    assert not guard.accepts(x * torch.nan, x)
+
+
+def test_a_round_grows_by_one_where_one_more_would_have_been_accepted_and_shrinks_to_what_was():
+    guard, x = Guard(3, bound=0.1), torch.ones(1, 4)
+    assert guard.length(5) == 1
+    guard.spare(1, x * 1.2, x)
+    assert guard.length(5) == 1
+    guard.spare(1, x * 1.01, x)
+    assert guard.length(5) == 2
+    guard.spare(2, x, x)
+    guard.spare(3, x, x)
+    assert guard.length(5) == 3
+    guard.cut(1)
+    assert guard.length(5) == 1
+
+
+def test_an_eager_guard_always_has_all_lanes():
+    guard = Guard(4, bound=1e-5, eager=True)
+    guard.cut(1)
+    assert [guard.length(index) for index in range(3)] == [1, 4, 4]
+
+
+@pytest.mark.parametrize("wrong", [{"lanes": 0}, {"lanes": 2, "warmup": -1}, {"lanes": 2, "bound": float("nan")}])
+def test_a_guard_that_makes_no_sense(wrong: dict[str, float]):
+    with pytest.raises(ValueError, match="no such guard"):
+        Guard(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("steps", "lanes", "warmup", "speed"),
+    [(50, 2, 5, 1.79), (50, 4, 5, 2.94), (50, 8, 5, 4.17), (50, 2, 13, 1.56), (20, 2, 3, 1.67), (8, 2, 2, 1.33),
+     (4, 2, 1, 1.0), (1, 4, 0, 1.0), (20, 1, 3, 1.0)],
 )  # fmt: skip
-def test_the_ideal_bound_is_the_published_one(steps: int, lanes: int, warmup: int, published: float):
-    assert ideal_speedup(steps, lanes, warmup) == pytest.approx(published, abs=0.006)
+def test_the_ideal_speed(steps: int, lanes: int, warmup: int, speed: float):
+    assert ideal_speedup(steps, lanes, warmup) == pytest.approx(speed, abs=0.006)
 
 
-@given(STEPS, LANES, WARMUP)
-def test_no_plan_beats_the_ideal_bound(steps: int, lanes: int, warmup: int):
-    assert steps / len(rounds(steps, lanes, warmup)) <= ideal_speedup(steps, lanes, warmup) + 1e-9
+def test_the_ideal_speed_counts_rows():
+    assert ideal_speedup(20, 1, 0, devices=2, conditionings=2) == 2.0, "CFG lanes"
+    assert ideal_speedup(20, 2, 3, devices=2, conditionings=2) == 2.0, "the same by steps, and not exact"
+    assert ideal_speedup(50, 2, 3, devices=4, conditionings=2) == pytest.approx(3.7, abs=0.01), "both"
+    assert ideal_speedup(20, 4, 3, devices=1) == 1.0, "one device has all rows to do"
 
 
-@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 8))
-def test_rows_are_shared_evenly_in_whole_groups(groups: int, group: int, ranks: int):
-    shares = row_shares(groups * group, group, ranks)
-    assert len(shares) == ranks
-    assert [row for begin, end in shares for row in range(begin, end)] == list(range(groups * group))
-    sizes = [end - begin for begin, end in shares]
-    assert all(size % group == 0 for size in sizes)
-    assert max(sizes) - min(sizes) <= group
+@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=5), st.integers(1, 8))
+def test_every_row_is_evaluated_once_and_groups_stay_together(sizes: list[tuple[int, int]], ranks: int):
+    calls = [(groups * group, group) for groups, group in sizes]
+    shares = row_shares(calls, ranks)
+    for (rows, group), share in zip(calls, shares, strict=True):
+        assert [row for rank in sorted(share) for row in range(*share[rank])] == list(range(rows))
+        assert all(begin % group == 0 and begin < end for begin, end in share.values())
+    groups = [
+        sum((share[rank][1] - share[rank][0]) // group for (_, group), share in zip(calls, shares, strict=True) if rank in share)
+        for rank in range(ranks)
+    ]
+    assert max(groups) - min(groups) <= 1
 
 
-def test_two_ranks_get_the_two_halves_of_a_guided_batch():
-    assert list(row_shares(4, 1, 2)) == [(0, 2), (2, 4)]
+def test_two_ranks_get_the_two_halves_of_a_guided_batch_or_an_evaluation_each():
+    assert row_shares([(4, 1)], 2) == [{0: (0, 2), 1: (2, 4)}]
+    assert row_shares([(2, 1), (2, 1)], 2) == [{0: (0, 2)}, {1: (0, 2)}]

@@ -1,0 +1,110 @@
+"""A function in a thread of its own that runs only while it is given the turn, so that nobody else need know."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_current: contextvars.ContextVar[Coroutine | None] = contextvars.ContextVar("leapfrog_coroutine", default=None)
+
+
+class Dropped(BaseException):
+    """Unwinds a coroutine that nobody waits for any more."""
+
+
+class Coroutine:
+    """``work`` has run until it first paused, or ended, when this returns.
+
+    It sees torch's grad and inference modes, CUDA stream and context variables of the thread that made it.
+    """
+
+    def __init__(self, work: Callable[[], Any], name: str):
+        self.pending: Any = None
+        self.pauses = 0
+        self.ended = False
+        self._work = work
+        self._result: Any = None
+        self._error: BaseException | None = None
+        self._dropped = False
+        self._turn = threading.Semaphore(0)
+        self._back = threading.Semaphore(0)
+        context = contextvars.copy_context()
+        self._thread = threading.Thread(target=context.run, args=(self._run, _TorchState()), name=name, daemon=True)
+        self._thread.start()
+        self.resume()
+
+    def resume(self) -> None:
+        """Give it its turn; returns when it pauses or ends."""
+        self.pending = None
+        self._turn.release()
+        self._back.acquire()
+
+    def pause(self, pending: Any) -> None:
+        """Called by ``work``: give the turn back until ``pending`` is ready."""
+        self.pending = pending
+        self.pauses += 1
+        self._back.release()
+        self._turn.acquire()
+        if self._dropped:
+            raise Dropped
+
+    def result(self) -> Any:
+        """What ``work`` returned; raises what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+    def drop(self) -> None:
+        """End the thread; whatever it still does is thrown away."""
+        self._dropped = True
+        while not self.ended:
+            self.resume()
+        self._thread.join()
+
+    def _run(self, state: _TorchState) -> None:
+        self._turn.acquire()
+        _current.set(self)
+        try:
+            with state.entered():
+                self._result = self._work()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self.ended = True
+            self._back.release()
+
+
+class _TorchState:
+    """What torch keeps per thread and a sampler's code counts on."""
+
+    def __init__(self) -> None:
+        self._inference = torch.is_inference_mode_enabled()
+        self._grad = torch.is_grad_enabled()
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        with torch.inference_mode(self._inference), torch.set_grad_enabled(self._grad):
+            if self._stream is None:
+                yield
+            else:
+                with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+                    yield
+
+
+def current() -> Coroutine | None:
+    """The coroutine whose work this is."""
+    return _current.get()
+
+
+def pause(pending: Any) -> None:
+    """In a coroutine, wait for one's turn again; elsewhere, nothing."""
+    coroutine = current()
+    if coroutine is not None:
+        coroutine.pause(pending)

@@ -1,0 +1,24 @@
+"""A line of text that a node shows on the page while it runs and after."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+log = logging.getLogger("leapfrog")
+
+
+def teller(node: Any) -> Callable[[str], None]:
+    """A function that logs a line and shows it on ``node``, where a server is there to do that."""
+    unique_id = getattr(getattr(node, "hidden", None), "unique_id", None)
+
+    def tell(text: str) -> None:
+        from server import PromptServer
+
+        log.info("Leapfrog: %s", text)
+        there = getattr(PromptServer, "instance", None)
+        if there is not None and unique_id is not None:
+            there.send_progress_text(text, unique_id)
+
+    return tell

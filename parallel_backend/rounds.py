@@ -1,0 +1,214 @@
+"""ParaStep's engine: runs any sampler with several of its evaluations under way at once. Knows no particular sampler.
+
+A sampler is something that asks for evaluations, one after another. The true one is answered with fresh outputs only.
+To know where it will ask next, a scout is used: a copy of it that is answered with what the true one was given and,
+from there on, with predictions. A sampler that keeps history, draws noise or evaluates twice a step needs no special
+care, because its scout does the same. One that does not repeat itself is found out, because the scout must stand
+exactly where the true one stands; it goes step by step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from .schedules.parastep import Guard, Outputs, Predictor, position
+
+
+class Question(Protocol):
+    """Where a sampler wants an evaluation: the latent ``[batch, ...]`` and its sigma."""
+
+    @property
+    def x(self) -> torch.Tensor: ...
+    @property
+    def level(self) -> float: ...
+
+
+class Evaluation(Protocol):
+    """An evaluation under way. ``finish`` waits for what it gives; after ``drop`` nobody asks."""
+
+    def finish(self) -> Outputs: ...
+    def drop(self) -> None: ...
+
+
+class Scout(Protocol):
+    """A copy of the sampler. ``question`` is what it waits for, None at its end; ``answered`` counts those behind it."""
+
+    @property
+    def question(self) -> Any: ...
+    @property
+    def answered(self) -> int: ...
+    def answer(self, outputs: Outputs) -> None: ...
+    def drop(self) -> None: ...
+
+
+@dataclass
+class _UnderWay:
+    index: int
+    lane: int
+    question: Any
+    evaluation: Any
+
+
+class Rounds:
+    """One run of a sampler: ``asked`` evaluations in ``count`` rounds; ``rejected`` more were of no use.
+
+    ``evaluate(question)`` evaluates at once, ``start(questions)`` starts several evaluations that are to run at once.
+    ``scout(answers)`` makes a scout that has been given these answers. ``sigmas`` is the schedule. ``lanes()`` is asked
+    when the first evaluation, which may tell how many lanes there are, is done: None for one. ``section(level)``
+    changes with the conditioning: predictions do not reach across. ``note`` is told what a user should know.
+    """
+
+    def __init__(
+        self,
+        evaluate: Callable[[Any], Outputs],
+        start: Callable[[list[Any]], Sequence[Evaluation]],
+        scout: Callable[[Sequence[Outputs]], Scout],
+        sigmas: Sequence[float],
+        lanes: Callable[[], tuple[Guard, Predictor] | None],
+        section: Callable[[float], Any] = lambda level: None,
+        note: Callable[[str], None] = lambda text: None,
+    ):
+        self.count = 0
+        self.rejected = 0
+        self._evaluate = evaluate
+        self._start = start
+        self._new_scout = scout
+        self._sigmas = [float(sigma) for sigma in sigmas]
+        self._lanes = lanes
+        self._section_of = section
+        self._section: Any = None
+        self._note = note
+        self._schedule: tuple[Guard, Predictor] | None = None
+        self._answers: list[Outputs] = []
+        self._scout: Scout | None = None
+        self._under_way: list[_UnderWay] = []
+        self._spare: _UnderWay | None = None
+
+    @property
+    def asked(self) -> int:
+        return len(self._answers)
+
+    def ask(self, question: Any) -> Outputs:
+        """The fresh outputs for what the true sampler asks next."""
+        index = len(self._answers)
+        if self._schedule:
+            outputs = self._in_rounds(index, question, *self._schedule)
+        else:
+            outputs = self._alone(index, question)
+        self._answers.append(outputs)
+        return outputs
+
+    def close(self) -> None:
+        """End all that is under way."""
+        while self._under_way:
+            self._under_way.pop().evaluation.drop()
+        if self._scout:
+            self._scout.drop()
+            self._scout = None
+
+    def _alone(self, index: int, question: Any) -> Outputs:
+        self.count += 1
+        outputs = self._evaluate(question)
+        if index == 0:
+            self._section = self._section_of(question.level)
+            self._schedule = self._lanes()
+            if self._schedule:
+                self._schedule[1].add(0, self._at(question), question.x, question.level, outputs, 0)
+        return outputs
+
+    def _in_rounds(self, index: int, question: Any, guard: Guard, predictor: Predictor) -> Outputs:
+        if self._spare and self._spare.index == index:
+            guard.spare(self._spare.lane, self._spare.question.x, question.x)
+        if self._under_way and not self._accepts(self._under_way[0].question, question, guard):
+            self._reject(guard, predictor)
+        if not self._under_way:
+            self._start_round(index, question, guard, predictor)
+        one = self._under_way.pop(0)
+        outputs = predictor.transfer(one.evaluation.finish(), one.question.x, question.x)
+        section = self._section_of(question.level)
+        if section != self._section:
+            self._section = section
+            predictor.forget()
+        predictor.add(index, self._at(question), question.x, question.level, outputs, one.lane)
+        return outputs
+
+    @staticmethod
+    def _accepts(there: Any, here: Any, guard: Guard) -> bool:
+        return abs(there.level - here.level) <= 1e-6 * max(1.0, here.level) and guard.accepts(there.x, here.x)
+
+    def _reject(self, guard: Guard, predictor: Predictor) -> None:
+        guard.cut(self._under_way[0].lane)
+        self.rejected += len(self._under_way)
+        for one in self._under_way:
+            question = one.question
+            outputs = one.evaluation.finish()
+            predictor.reject(one.index, self._at(question), question.x, question.level, outputs, one.lane)
+        self._under_way.clear()
+
+    def _start_round(self, index: int, question: Any, guard: Guard, predictor: Predictor) -> None:
+        questions = [question]
+        self._spare = None
+        if self._scout_waits_at(index, question):
+            *more, self._spare = self._predicted(index, question, guard.length(index), predictor)
+            questions += [one.question for one in more]
+        evaluations = self._start(questions)
+        self.count += 1
+        self._under_way = [
+            _UnderWay(index + lane, lane, *both) for lane, both in enumerate(zip(questions, evaluations, strict=True))
+        ]
+        if self._schedule:  # the next round's scout is made while this one is evaluated
+            with suppress(Exception):  # happens again, and is told, when it is needed
+                self._send_scout()
+
+    def _predicted(self, index: int, question: Any, length: int, predictor: Predictor) -> list[Any]:
+        """Where the ``length`` evaluations after this one will be, the last of which is for comparison only.
+
+        There are fewer before a change of conditioning, behind which nothing is foreseen, and at the end of the run:
+        the very last evaluation is not among them, because ending on a predicted latent costs up to 15 dB.
+        """
+        assert self._scout
+        found: list[Any] = []
+        for lane in range(length):
+            if self._section_of(question.level) != self._section:
+                return [*found, None]
+            try:
+                self._scout.answer(predictor.guess(index + lane, self._at(question), question.x, question.level, lane))
+            except Exception:  # a prediction that the sampler cannot work with
+                return [*found, None]
+            question = self._scout.question
+            if question is None:
+                return [*found[:-1], None]
+            found.append(_UnderWay(index + lane + 1, lane + 1, question, None))
+        return found
+
+    def _scout_waits_at(self, index: int, question: Any) -> bool:
+        """Whether a scout, answered as the true sampler was, asks just what that asks."""
+        why = f"the sampler does not repeat itself (at evaluation {index})"
+        try:
+            scout = self._scout or self._send_scout()
+            for outputs in self._answers[scout.answered :]:
+                scout.answer(outputs)
+            there = scout.question
+            if there and there.level == question.level and torch.equal(there.x, question.x):
+                return True
+        except Exception as error:
+            why = f"a second run of the sampler failed ({error})"
+        self._schedule = None
+        self.close()
+        self._note(f"{why}, so steps are taken one by one")
+        return False
+
+    def _send_scout(self) -> Scout:
+        if self._scout:
+            self._scout.drop()
+        self._scout = None
+        self._scout = self._new_scout(self._answers)
+        return self._scout
+
+    def _at(self, question: Any) -> float:
+        return position(question.level, self._sigmas)

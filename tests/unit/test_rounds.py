@@ -1,0 +1,253 @@
+"""ParaStep's engine around ComfyUI's own samplers and a formula for a denoiser: no rank, nothing at the same time."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.model_sampling
+import comfy.samplers
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from leapfrog.nodes.rounds_sampler import _evaluate, _Model
+from leapfrog.nodes.scout import NoiseState, Outputs, Question, Scout
+from leapfrog.parallel_backend import Rounds
+from leapfrog.parallel_backend.schedules.parastep import Guard, Predictor
+
+STEPS = 12
+SHAPE = (2, 3, 4)
+SAMPLERS = sorted(comfy.samplers.SAMPLER_NAMES)
+FRESH_NOISE = re.compile("ancestral|sde|ddpm|lcm|seeds|sa_solver")
+STOCHASTIC = set(filter(FRESH_NOISE.search, SAMPLERS))
+
+
+class Sampling(comfy.model_sampling.ModelSamplingDiscrete, comfy.model_sampling.EPS):
+    pass
+
+
+SAMPLING = Sampling()
+SIGMAS = comfy.samplers.calculate_sigmas(SAMPLING, "karras", STEPS)
+
+
+class Formula:
+    """A denoiser as a sampler sees a model: the best one for a normal distribution, bent a little."""
+
+    def __init__(self) -> None:
+        patcher = SimpleNamespace(get_model_object=lambda _name: SAMPLING)
+        self.inner_model = SimpleNamespace(model_patcher=patcher, inner_model=SimpleNamespace(model_sampling=SAMPLING))
+        self.calls = 0
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **args: Any) -> torch.Tensor:
+        self.calls += 1
+        s = sigma.view(-1, *[1] * (x.ndim - 1))
+        mean = torch.linspace(-2, 3, x.numel()).view(x.shape)
+        denoised = (0.5 * x + s**2 * mean) / (0.5 + s**2) + 0.02 * torch.sin(x / (1 + s))
+        for function in args.get("model_options", {}).get("sampler_post_cfg_function", ()):
+            function({"denoised": denoised, "uncond_denoised": denoised * 0.9, "cond_denoised": denoised * 1.1})
+        return denoised
+
+
+@dataclass
+class Evaluated:
+    """An evaluation that is there at once."""
+
+    index: int
+    question: Question
+    outputs: Outputs
+
+    def finish(self) -> Outputs:
+        return self.outputs
+
+    def drop(self) -> None:
+        pass
+
+
+def noise() -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(3)) * SIGMAS[0]
+
+
+def run(name: str, model: Any, **how: Any) -> torch.Tensor:
+    sampler = comfy.samplers.sampler_object(name)
+    how = {"callback": lambda info: None, "disable": True, **how}
+    extra_args = {"seed": 5, "model_options": {}}
+    return sampler.sampler_function(model, noise(), SIGMAS, extra_args=extra_args, **how, **sampler.extra_options)
+
+
+class Run:
+    """A sampler's run in rounds. ``evaluated`` are the evaluations in the order in which they were started,
+    ``lengths`` how many there were in each round, ``asked`` and ``answers`` what the true sampler asked and got."""
+
+    def __init__(
+        self, name: str, lanes: int, bound: float | None = None, kind: str = "linear", warmup: int = 2,
+        eager: bool = False, section: Callable[[float], Any] = lambda level: None, sample: Any = run,
+    ):  # fmt: skip
+        self.notes: list[str] = []
+        self.evaluated: list[Evaluated] = []
+        self.lengths: list[int] = []
+        self.asked: list[Question] = []
+        self.answers: list[Outputs] = []
+        self.callbacks: list[int] = []
+        formula = Formula()
+
+        def start(questions: Sequence[Question]) -> list[Evaluated]:
+            first = len(self.answers)
+            self.lengths.append(len(questions))
+            found = [Evaluated(first + i, one, _evaluate(formula, (), one)) for i, one in enumerate(questions)]
+            self.evaluated += found
+            return found
+
+        def sampler(ask: Callable[[Question], Outputs], **how: Any) -> torch.Tensor:
+            return sample(name, _Model(formula, ask, ()), **how)
+
+        def ask(question: Question) -> Outputs:
+            self.asked.append(Question(question.x.clone(), question.sigma, question.args))
+            self.answers.append(self.rounds.ask(question))
+            return self.answers[-1]
+
+        state = NoiseState()
+        self.rounds = Rounds(
+            lambda question: start([question])[0].outputs, start, lambda answers: Scout(sampler, state, answers),
+            SIGMAS.tolist(), lambda: (Guard(lanes, warmup, bound, eager), Predictor(kind, lanes)) if lanes > 1 else None,
+            section, self.notes.append,
+        )  # fmt: skip
+        try:
+            self.result = sampler(ask, callback=lambda info: self.callbacks.append(info["i"]))
+        finally:
+            self.rounds.close()
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_one_lane_is_the_sampler_bit_for_bit(name: str):
+    torch.manual_seed(1)
+    expected = run(name, Formula())
+    torch.manual_seed(1)
+    assert torch.equal(Run(name, lanes=1).result, expected)
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - STOCHASTIC - {"dpm_adaptive"}))
+@pytest.mark.parametrize("lanes", [2, 4])
+def test_a_deterministic_sampler_comes_close_in_fewer_rounds(name: str, lanes: int):
+    expected, sequential = run(name, formula := Formula()), formula.calls
+    ours = Run(name, lanes)
+    assert not ours.notes
+    assert ours.rounds.asked == sequential
+    assert distance(ours.result, expected) < 0.05
+    assert ours.rounds.count < 0.8 * sequential
+    assert ours.callbacks == list(range(len(ours.callbacks)))
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_with_a_guard_any_sampler_comes_close(name: str):
+    """Of this denoiser's output much is the noise of its input, so fresh noise is as hard to foretell as can be."""
+    torch.manual_seed(1)
+    expected = run(name, Formula())
+    torch.manual_seed(1)
+    ours = Run(name, lanes=3, bound=0.02)
+    assert not ours.notes
+    assert distance(ours.result, expected) < 0.05
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_exact_guard_gives_the_samplers_own_result(name: str):
+    torch.manual_seed(1)
+    expected = run(name, Formula())
+    torch.manual_seed(1)
+    assert distance(Run(name, lanes=3, bound=1e-5, eager=True).result, expected) < 1e-3
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_callers_random_numbers_are_left_alone(name: str):
+    torch.manual_seed(1)
+    run(name, Formula())
+    expected = torch.get_rng_state()
+    torch.manual_seed(1)
+    Run(name, lanes=3)
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+@given(st.integers(1, 8), st.integers(0, 6), st.sampled_from(["linear", "newest", "paper"]),
+       st.sampled_from([None, 0.3, 0.02, 1e-3]), st.sampled_from(["euler", "dpmpp_2m", "heun", "euler_ancestral"]))  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_each_answer_is_the_one_fresh_output_for_its_evaluation(
+    lanes: int, warmup: int, kind: str, bound: float | None, name: str
+):
+    ours = Run(name, lanes, bound, kind, warmup)
+    assert len(ours.evaluated) == ours.rounds.asked + ours.rounds.rejected
+    assert len(ours.lengths) == ours.rounds.count
+    used = {one.index: one for one in ours.evaluated}  # the last one for each
+    assert sorted(used) == list(range(ours.rounds.asked))
+    for index, (question, answer) in enumerate(zip(ours.asked, ours.answers, strict=True)):
+        fresh = used[index]
+        assert fresh.question.level == question.level
+        if bound is not None:
+            assert distance(fresh.question.x, question.x) <= bound + 1e-6
+        moved = fresh.outputs[0] + question.x - fresh.question.x
+        assert min(distance(answer[0], fresh.outputs[0]), distance(answer[0], moved)) < 1e-6
+    assert all(length <= lanes for length in ours.lengths)
+    assert all(length == 1 for length in ours.lengths[: max(1, min(warmup, len(ours.lengths)))])
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_last_evaluation_is_made_at_the_true_latent(name: str):
+    ours = Run(name, lanes=4)
+    assert torch.equal(ours.evaluated[-1].question.x, ours.asked[-1].x)
+    assert ours.lengths[-1] == 1
+
+
+def test_a_sampler_that_does_not_repeat_itself_goes_step_by_step():
+    counter = itertools.count()
+
+    def restless(name: str, model: Any, **how: Any) -> torch.Tensor:
+        number = next(counter)
+        return run(name, lambda x, sigma, **args: model(x + 0.01 * number, sigma, **args), **how)
+
+    ours = Run("euler", lanes=4, sample=restless)
+    assert ours.notes == ["the sampler does not repeat itself (at evaluation 1), so steps are taken one by one"]
+    assert ours.lengths == [1] * STEPS
+
+
+def test_a_sampler_that_fails_on_predictions_goes_step_by_step():
+    true = [True]
+
+    def fragile(name: str, model: Any, **how: Any) -> torch.Tensor:
+        own, true[0] = true[0], False
+        if own:
+            return run(name, model, **how)
+        raise RuntimeError("no second run")
+
+    ours = Run("euler", lanes=4, sample=fragile)
+    assert ours.lengths == [1] * STEPS
+    assert "no second run" in ours.notes[0]
+
+
+def test_nothing_is_foreseen_beyond_a_change_of_conditioning():
+    changes = SIGMAS[6].item()
+    ours = Run("euler", lanes=4, section=lambda level: level > changes, warmup=2)
+    first = 0
+    for length in ours.lengths:
+        sections = [one.question.level > changes for one in ours.evaluated[first : first + length]]
+        assert not any(sections[1:-1]) or all(sections[:-1]), "only the last of a round may be in a new section"
+        first += length
+    beyond = next(i for i, one in enumerate(ours.evaluated) if one.question.level <= changes)
+    ends = [sum(ours.lengths[: i + 1]) for i in range(len(ours.lengths))]
+    assert beyond + 1 in ends
+
+
+def test_no_thread_outlives_a_run():
+    before = threading.active_count()
+    Run("dpmpp_2m", lanes=4)
+    with pytest.raises(ZeroDivisionError):
+        Run("dpmpp_2m", lanes=4, section=lambda level: 1 / (level > 1))
+    assert threading.active_count() == before
