@@ -15,10 +15,10 @@ import comfy.patcher_extension
 import torch
 
 from ..parallel_backend import LanesDenoiser, LeapfrogError, SplitDenoiser
+from .ahead import ahead
 from .coroutine import pause
 from .inside_patches import ENTRIES, describe
 from .recipe import patches_of
-from .waves import LookaheadRun, ahead
 
 Remote = SplitDenoiser | LanesDenoiser
 # Options that only the host's own code reads, and those that travel in a form of their own.
@@ -149,11 +149,10 @@ RUN = "leapfrog_run"
 
 
 class Run:
-    """What belongs to one sampling run of a MODEL: its streams and its waves. A clone of the MODEL starts with none."""
+    """What belongs to one sampling run of a MODEL: its streams. A clone of the MODEL starts with none."""
 
-    def __init__(self, denoiser: SplitDenoiser | None = None):
+    def __init__(self) -> None:
         self.seen: dict[tuple, tuple[float, int]] = {}
-        self.lookahead = LookaheadRun(denoiser) if denoiser and denoiser.plan.mode == "lookahead" else None
 
     def on_model_patcher_clone(self) -> Run:
         return Run()

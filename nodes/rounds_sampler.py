@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -14,20 +13,13 @@ import comfy.patcher_extension
 import comfy.samplers
 import torch
 
-from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError, Rounds
-from .boundaries import conditioning_at
+from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError
+from .ahead import AheadSampler, Wave, check_sampler, sampler_name
 from .recipe import comfy_host, patches_of, recipe_of
-from .scout import NoiseState, Outputs, Question, Scout
+from .scout import Outputs
 from .standin import StandInPatcher, weightless
-from .waves import Wave
 
 log = logging.getLogger("leapfrog")
-# What functions that a sampler adds behind the guidance may ask for (the cfg_pp samplers do).
-GUIDED = ("denoised", "cond_denoised", "uncond_denoised")
-
-
-# Samplers that are no sequence of evaluations of one latent.
-REFUSED = {"sample_ar_video": "makes a video piece by piece, each from the one before; use it without ParaStep"}
 
 
 def in_rounds(plan: LanesPlan, base: Any, tell: Callable[[str], None] = lambda text: None) -> Any:
@@ -35,79 +27,66 @@ def in_rounds(plan: LanesPlan, base: Any, tell: Callable[[str], None] = lambda t
 
     Raises LeapfrogError unsupported_sampler, by name. ``tell`` shows a line to the user.
     """
-    name = getattr(getattr(base, "sampler_function", base), "__name__", type(base).__name__)
-    if isinstance(base, RoundsSampler) or not isinstance(base, comfy.samplers.KSAMPLER):
-        raise LeapfrogError.of(
-            "unsupported_sampler", f"ParaStep cannot run {name} in parallel: connect a stock sampler."
-        )
-    if name in REFUSED:
-        raise LeapfrogError.of("unsupported_sampler", f"ParaStep cannot run {name} in parallel: it {REFUSED[name]}.")
+    check_sampler(base)
     if len(plan.devices) == 1 and plan.lanes < 2:
-        log.info("Leapfrog: one device (%s), so ParaStep has nothing to do.", plan.devices[0])
+        log.info("Leapfrog: one device (%s), so ParaStep is plain %s.", plan.devices[0], sampler_name(base))
         return base
     return RoundsSampler(plan, base, tell)
 
 
-class RoundsSampler(comfy.samplers.KSAMPLER):
-    """A SAMPLER around another one. ComfyUI's KSAMPLER does the rest. ``last_run`` has the figures of its last run."""
+class RoundsSampler(AheadSampler):
+    """Rounds of evaluations whose rows are spread over ranks that each hold the whole denoiser."""
 
     def __init__(self, plan: LanesPlan, base: comfy.samplers.KSAMPLER, tell: Callable[[str], None]):
-        super().__init__(self._sample_parastep, dict(base.extra_options), base.inpaint_options)
+        super().__init__(base)
         self.plan = plan
-        self.base = base
-        self.last_run: Rounds | None = None
         self._tell = tell
         self._denoiser: LanesDenoiser | None = None
 
-    @torch.no_grad()
-    def _sample_parastep(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
-        """k-diffusion's sampler signature: ``model`` is KSamplerX0Inpaint around the guider, ``x`` ``[batch, ...]``."""
+    def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model
-        denoiser = self._denoiser_for(guider.model_patcher)
-        extra_args = dict(extra_args or {})
-        given = extra_args.get("model_options", {})
-        extra_args["model_options"] = _through(given, weightless(guider.inner_model, denoiser), guider)
-        behind = tuple(given.get("sampler_post_cfg_function", ()))
-
-        def run(ask: Callable[[Question], Outputs], **how: Any) -> torch.Tensor:
-            return self.base.sampler_function(
-                _Model(model, ask, behind), x.clone(), sigmas, extra_args=dict(extra_args), **how, **options
-            )
-
-        def lanes() -> Any:
-            if "easycache" in given.get("transformer_options", {}):
-                denoiser.note("steps are taken one by one: EasyCache or LazyCache decides from one to the next")
-                return None
-            self._tell(self.plan.promise(len(sigmas) - 1, denoiser.conditionings))
-            return self.plan.schedule(denoiser.conditionings)
-
-        noise = NoiseState()
-        rounds = Rounds(
-            partial(_evaluate, model, behind),
-            lambda questions: _start(denoiser, guider, questions, partial(_evaluate, model, behind)),
-            lambda answers: Scout(partial(run, callback=lambda info: None, disable=True), noise, answers),
-            sigmas.tolist(),
-            lanes,
-            partial(conditioning_at, guider.conds),
-            denoiser.note,
-        )
-        self.last_run = rounds
+        self._denoiser = denoiser = self._denoiser_for(guider.model_patcher)
+        args = {**(extra_args or {})}
+        through = _through(args.get("model_options", {}), weightless(guider.inner_model, denoiser), guider)
         denoiser.begin_run()
         try:
-            samples = run(rounds.ask, callback=callback, disable=disable)
-            done = f"{rounds.asked} evaluations in {rounds.count} rounds ({rounds.asked / rounds.count:.2f} per round)"
-            denoiser.note(done + (f", {rounds.rejected} more thrown away" if rounds.rejected else ""))
-            self._tell(done)
-            return samples
+            result = super()._sample(model, x, sigmas, {**args, "model_options": through}, callback, disable, **options)
+            assert self.last_run
+            for line in self.last_run.lines():
+                self._tell(f"ParaStep: {line}")
+            return result
         finally:
-            rounds.close()
             denoiser.end_run()
+
+    def start(self, guider: Any, work: Sequence[Callable[[], Outputs]], first: int) -> list[LaneWave]:
+        assert self._denoiser
+        group: list[LaneWave] = []
+        try:
+            for lane, evaluate in enumerate(work):
+                group.append(LaneWave(self._denoiser, group, guider, evaluate, lane > 0))
+            self._denoiser.flush(comfy.model_management.throw_exception_if_processing_interrupted)
+        except BaseException:
+            for wave in group:
+                wave.drop()
+            raise
+        return group
+
+    def schedule(self, steps: int) -> Any:
+        assert self._denoiser
+        conditionings = self._denoiser.conditionings
+        self._tell(self.plan.promise(steps, conditionings))
+        return self.plan.schedule(conditionings)
+
+    def note(self, text: str) -> None:
+        assert self._denoiser
+        self._denoiser.note(text)
 
     def _denoiser_for(self, patcher: comfy.model_patcher.ModelPatcher) -> LanesDenoiser:
         if isinstance(patcher, StandInPatcher):
             raise LeapfrogError.of(
                 "unsupported_patch",
-                "ParaStep Sampler does not take a MODEL from Async UNet Split yet; use one of them.",
+                "ParaStep does not take a MODEL from Async UNet Split, whose mode lookahead has all devices at work on "
+                "several steps already; use one of them.",
             )
         if patcher.get_additional_models_with_key("multigpu"):
             raise LeapfrogError.of(
@@ -122,6 +101,31 @@ class RoundsSampler(comfy.samplers.KSAMPLER):
             # ComfyUI has just put the weights on a GPU that the ranks need for their own
             patcher.partially_unload(patcher.offload_device, patcher.loaded_size())
         return self._denoiser
+
+
+class LaneWave(Wave):
+    """The evaluation of a lane. Those of its round, the ``group`` in order, go in step from one denoiser call to the
+    next, so that their rows travel together."""
+
+    def __init__(
+        self, denoiser: LanesDenoiser, group: list[LaneWave], guider: Any, work: Callable[[], Outputs], predicted: bool
+    ):
+        self._denoiser = denoiser
+        self._group = group
+        super().__init__(guider, work, predicted)
+
+    def finish(self) -> Outputs:
+        """Wait for what it gives."""
+        while not self.ended:
+            self._go_on()
+            for other in self._group if not self.ended else ():
+                if not other.ended and other.pauses < self.pauses:
+                    other._go_on()
+        return self.result()
+
+    def _go_on(self) -> None:
+        self._denoiser.wait(self.pending, comfy.model_management.throw_exception_if_processing_interrupted)
+        self.resume()
 
 
 def _close_with(patcher: comfy.model_patcher.ModelPatcher, denoiser: LanesDenoiser) -> None:
@@ -151,91 +155,3 @@ def _through(options: dict[str, Any], twin: Any, guider: Any) -> dict[str, Any]:
     kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
     comfy.patcher_extension.add_wrapper_with_key(kind, "leapfrog", apply_remotely, options, is_model_options=True)
     return options
-
-
-class _Model:
-    """What a sampler is given in place of its model: asks, and does what the sampler added behind the guidance."""
-
-    def __init__(self, model: Any, ask: Callable[[Question], Outputs], behind: tuple[Any, ...]):
-        self._model = model
-        self._ask = ask
-        self._behind = behind
-
-    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **args: Any) -> torch.Tensor:
-        outputs = self._ask(Question(x, sigma, args))
-        result = outputs[0].clone()  # samplers may go on in place
-        for function in _added(args, self._behind):
-            result = function(
-                {
-                    **dict(zip(GUIDED, (result, *outputs[1:]), strict=True)),
-                    "input": x,
-                    "sigma": sigma,
-                    "model": self._model,
-                }
-            )
-        return result
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-def _added(args: dict[str, Any], behind: tuple[Any, ...]) -> list[Any]:
-    """The functions that the sampler itself put behind the guidance."""
-    functions = args.get("model_options", {}).get("sampler_post_cfg_function", ())
-    return [function for function in functions if function not in behind]
-
-
-def _evaluate(model: Any, behind: tuple[Any, ...], question: Question) -> Outputs:
-    """The guided evaluation that a question asks for, with all that a sampler's own functions will want of it."""
-    if not _added(question.args, behind):
-        return (model(question.x, question.sigma, **question.args),)
-    seen: dict[str, torch.Tensor] = {}
-
-    def look(about: dict[str, Any]) -> torch.Tensor:
-        seen.update({name: about[name] for name in GUIDED})
-        return about["denoised"]
-
-    options = {**question.args["model_options"], "sampler_post_cfg_function": [*behind, look]}
-    denoised = model(question.x, question.sigma, **{**question.args, "model_options": options})
-    return (denoised, *(seen[name] for name in GUIDED[1:]))
-
-
-def _start(
-    denoiser: LanesDenoiser, guider: Any, questions: Sequence[Question], evaluate: Callable[[Question], Outputs]
-) -> list[LaneWave]:
-    """Start guided evaluations that run in step, so that their calls of the denoiser travel together."""
-    group: list[LaneWave] = []
-    try:
-        for question in questions:
-            group.append(LaneWave(denoiser, guider, question, evaluate, group))
-        denoiser.flush(comfy.model_management.throw_exception_if_processing_interrupted)
-    except BaseException:
-        for wave in group:
-            wave.drop()
-        raise
-    return group
-
-
-class LaneWave(Wave):
-    """A guided evaluation of one lane; ``group`` are those of its round, in order."""
-
-    def __init__(
-        self, denoiser: LanesDenoiser, guider: Any, question: Question, evaluate: Callable[[Question], Outputs],
-        group: list[LaneWave],
-    ):  # fmt: skip
-        self._denoiser = denoiser
-        self._group = group
-        super().__init__(question.x, False, guider, partial(evaluate, question))
-
-    def finish(self) -> Outputs:
-        """What it gives. The others are brought as far as this one, one call of the denoiser after another."""
-        while not self.ended:
-            self._go_on()
-            for other in self._group if not self.ended else ():
-                if not other.ended and other.pauses < self.pauses:
-                    other._go_on()
-        return self.result()
-
-    def _go_on(self) -> None:
-        self._denoiser.wait(self.pending, comfy.model_management.throw_exception_if_processing_interrupted)
-        self.resume()

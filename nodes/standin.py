@@ -19,6 +19,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWA
 
 from ..parallel_backend import SplitDenoiser
 from .host_weights import refuse_host_weights
+from .lookahead_sampler import look_ahead
 from .recipe import reshaped_by
 from .remote_forward import RUN, Remote, Run, evaluate, run_wrapped
 
@@ -98,9 +99,6 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         made: Any = seed.clone(model_override=(twin, ({}, {}, {}, set())))
         made.parent = None
         made.cached_patcher_init = None
-        # outermost: what other nodes do around an evaluation (CFGOverride) belongs to the step that it is for
-        around = made.wrappers.get(WrappersMP.PREDICT_NOISE, {})
-        made.wrappers[WrappersMP.PREDICT_NOISE] = {"leapfrog": [_predict_noise], **around}
         if made.additional_models.pop("multigpu", None):
             log.warning(
                 "Leapfrog: MultiGPU CFG Split in front of Async UNet Split is left out; the split has the GPUs."
@@ -108,6 +106,7 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         # it would put the host's own denoiser back in place of the stand-in
         made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
         made.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "leapfrog", refuse_host_weights)
+        made.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "leapfrog", look_ahead)
         return made
 
     @property
@@ -163,19 +162,10 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         super().pre_run()
         if TORCH_COMPILE_KWARGS in self.model_options:
             log.warning("Leapfrog: TorchCompileModel has no effect on a split model; the ranks compute uncompiled.")
-        self.attachments[RUN] = Run(self.denoiser)
+        self.attachments[RUN] = Run()
         self.denoiser.begin_run()
 
     def cleanup(self) -> None:
         super().cleanup()
-        run = self.attachments.pop(RUN, None)
-        if run and run.lookahead:
-            run.lookahead.drop()
+        self.attachments.pop(RUN, None)
         self.denoiser.end_run()
-
-
-def _predict_noise(executor: Any, x: torch.Tensor, sigma: torch.Tensor, model_options: dict, seed: Any = None) -> Any:
-    run = executor.class_obj.model_patcher.attachments.get(RUN)
-    if run is None or run.lookahead is None:
-        return executor(x, sigma, model_options, seed)
-    return run.lookahead.predict_noise(executor, x, sigma, model_options, seed)

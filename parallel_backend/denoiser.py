@@ -18,8 +18,7 @@ from .plan import STALE_MODES, LanesPlan, SplitPlan
 from .protocol import Cut, Evaluate, Load, Loaded, Payload, Recipe, Trace, Traced, Unload
 from .report import RunReport
 from .schedules.asyncdiff import Streams
-from .schedules.lookahead import Lookahead
-from .schedules.parastep import row_shares
+from .schedules.parastep import Guard, Predictor, row_shares
 from .supervisor import Call, ComfyHost, Pool, Tick, acquire, step_timeout_s
 from .tensors import flatten
 from .units import Flow
@@ -234,9 +233,15 @@ class SplitDenoiser(RemoteDenoiser):
         """Components of the pipeline that serves the run; 0 before its first evaluation."""
         return len(self._lanes[0]) - self.plan.stride + 1 if self._lanes else 0
 
-    def lookahead(self, sigmas: Sequence[float]) -> Lookahead:
-        """The schedule of a run with these sigmas."""
-        return Lookahead(sigmas, self.components - 1, self.plan.warmup, self.plan.bound)
+    def lookahead(self) -> tuple[Guard, Predictor] | None:
+        """The schedule of lookahead in this run; None with a single component.
+
+        As many evaluations are under way as there are components, whatever was rejected before: a wave that is thrown
+        away cost no time, because the components would have had nothing else to do.
+        """
+        if self.components < 2:
+            return None
+        return Guard(self.components, self.plan.warmup, self.plan.bound, eager=True), Predictor("linear", spacing=2)
 
     def _forget_streams(self) -> None:
         for rest in self._rests.values():

@@ -242,7 +242,7 @@ class LanesPlan:
         if lanes == 1:
             return None
         bound = None if math.isinf(self.bound) else self.bound
-        return Guard(lanes, self.warmup, bound, self.eager), Predictor(self.predictor, lanes)
+        return Guard(lanes, self.warmup, bound, self.eager), Predictor(self.predictor, spacing=2 if lanes >= 4 else 1)
 
     def promise(self, steps: int, conditionings: int) -> str:
         """What may be expected of such a run, in a line for the user."""

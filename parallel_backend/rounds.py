@@ -36,7 +36,7 @@ class Evaluation(Protocol):
 
 
 class Scout(Protocol):
-    """A copy of the sampler. ``question`` is what it waits for, None at its end; ``answered`` counts those behind it."""
+    """A copy of the sampler. ``question`` is what it waits for, None at its end; ``answered`` counts what is behind."""
 
     @property
     def question(self) -> Any: ...
@@ -57,21 +57,25 @@ class _UnderWay:
 class Rounds:
     """One run of a sampler: ``asked`` evaluations in ``count`` rounds; ``rejected`` more were of no use.
 
-    ``evaluate(question)`` evaluates at once, ``start(questions)`` starts several evaluations that are to run at once.
-    ``scout(answers)`` makes a scout that has been given these answers. ``sigmas`` is the schedule. ``lanes()`` is asked
-    when the first evaluation, which may tell how many lanes there are, is done: None for one. ``section(level)``
-    changes with the conditioning: predictions do not reach across. ``note`` is told what a user should know.
+    ``evaluate(question)`` evaluates at once, ``start(questions, first)`` starts evaluations that are to run at the same
+    time, lanes ``first`` and following of a round. ``scout(answers)`` makes a scout that has been given these answers.
+    ``sigmas`` is the schedule. ``schedule()`` is asked when the first evaluation, which may tell how many lanes there
+    are, is done: None for one. ``section(level)`` changes with the conditioning: predictions do not reach across.
+    ``note`` is told what a user should know. ``rolling``: the next evaluations are started whenever the sampler asks,
+    so that a pipeline stays full, and a round goes on until an evaluation is rejected; otherwise a round has to be used
+    up before the next one starts.
     """
 
     def __init__(
         self,
         evaluate: Callable[[Any], Outputs],
-        start: Callable[[list[Any]], Sequence[Evaluation]],
+        start: Callable[[list[Any], int], Sequence[Evaluation]],
         scout: Callable[[Sequence[Outputs]], Scout],
         sigmas: Sequence[float],
-        lanes: Callable[[], tuple[Guard, Predictor] | None],
+        schedule: Callable[[], tuple[Guard, Predictor] | None],
         section: Callable[[float], Any] = lambda level: None,
         note: Callable[[str], None] = lambda text: None,
+        rolling: bool = False,
     ):
         self.count = 0
         self.rejected = 0
@@ -79,10 +83,11 @@ class Rounds:
         self._start = start
         self._new_scout = scout
         self._sigmas = [float(sigma) for sigma in sigmas]
-        self._lanes = lanes
+        self._make_schedule = schedule
         self._section_of = section
         self._section: Any = None
         self._note = note
+        self._rolling = rolling
         self._schedule: tuple[Guard, Predictor] | None = None
         self._answers: list[Outputs] = []
         self._scout: Scout | None = None
@@ -92,6 +97,11 @@ class Rounds:
     @property
     def asked(self) -> int:
         return len(self._answers)
+
+    def lines(self) -> list[str]:
+        """What a user should know of a run that has ended."""
+        wasted = f", {self.rejected} more rejected" if self.rejected else ""
+        return [f"{self.asked} evaluations in {self.count} rounds{wasted}"]
 
     def ask(self, question: Any) -> Outputs:
         """The fresh outputs for what the true sampler asks next."""
@@ -116,7 +126,7 @@ class Rounds:
         outputs = self._evaluate(question)
         if index == 0:
             self._section = self._section_of(question.level)
-            self._schedule = self._lanes()
+            self._schedule = self._make_schedule()
             if self._schedule:
                 self._schedule[1].add(0, self._at(question), question.x, question.level, outputs, 0)
         return outputs
@@ -126,10 +136,11 @@ class Rounds:
             guard.spare(self._spare.lane, self._spare.question.x, question.x)
         if self._under_way and not self._accepts(self._under_way[0].question, question, guard):
             self._reject(guard, predictor)
-        if not self._under_way:
-            self._start_round(index, question, guard, predictor)
-        one = self._under_way.pop(0)
+        if self._rolling or not self._under_way:
+            self._start_more(index, question, guard, predictor)
+        one = self._under_way[0]
         outputs = predictor.transfer(one.evaluation.finish(), one.question.x, question.x)
+        self._under_way.pop(0)
         section = self._section_of(question.level)
         if section != self._section:
             self._section = section
@@ -150,18 +161,19 @@ class Rounds:
             predictor.reject(one.index, self._at(question), question.x, question.level, outputs, one.lane)
         self._under_way.clear()
 
-    def _start_round(self, index: int, question: Any, guard: Guard, predictor: Predictor) -> None:
-        questions = [question]
+    def _start_more(self, index: int, question: Any, guard: Guard, predictor: Predictor) -> None:
+        wanted = [question]
         self._spare = None
         if self._scout_waits_at(index, question):
             *more, self._spare = self._predicted(index, question, guard.length(index), predictor)
-            questions += [one.question for one in more]
-        evaluations = self._start(questions)
-        self.count += 1
-        self._under_way = [
-            _UnderWay(index + lane, lane, *both) for lane, both in enumerate(zip(questions, evaluations, strict=True))
-        ]
-        if self._schedule:  # the next round's scout is made while this one is evaluated
+            wanted += [one.question for one in more]
+        under_way = len(self._under_way)
+        if len(wanted) > under_way:
+            self.count += under_way == 0
+            started = self._start(wanted[under_way:], under_way)
+            for lane, evaluation in enumerate(started, under_way):
+                self._under_way.append(_UnderWay(index + lane, lane, wanted[lane], evaluation))
+        if self._schedule:  # the next scout is made while these are evaluated
             with suppress(Exception):  # happens again, and is told, when it is needed
                 self._send_scout()
 

@@ -143,7 +143,7 @@ def run(options: argparse.Namespace) -> None:
 
     from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
     from leapfrog.parallel_backend import SplitDenoiser
-    from leapfrog.parallel_backend.schedules import asyncdiff, lookahead, parastep
+    from leapfrog.parallel_backend.schedules import asyncdiff, parastep
     from leapfrog.parallel_backend.supervisor import close_all
 
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(devices())}")

@@ -79,9 +79,9 @@ class Predictor:
     which it has lately foretold better.
     """
 
-    def __init__(self, kind: str, lanes: int):
+    def __init__(self, kind: str = "linear", spacing: int = 1):
         self.kind = kind
-        self.spacing = 2 if lanes >= 4 else 1
+        self.spacing = spacing
         self._known: dict[int, _Known] = {}
         self._by_lane: dict[int, _Known] = {}
         self._rejected: dict[int, _Known] = {}

@@ -1,0 +1,164 @@
+"""A SAMPLER around any of ComfyUI's, with evaluations to come under way while that one waits for the current one.
+
+A wave is one guided evaluation (conditionings, areas, masks, ControlNets, CFG functions: all of ComfyUI's own code) in
+a thread of its own. When its denoiser call has gone to the ranks the thread pauses. Only one thread runs at a time, so
+nothing in ComfyUI needs to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import comfy.samplers
+import torch
+
+from ..parallel_backend import LeapfrogError, Rounds
+from .boundaries import conditioning_at
+from .coroutine import Coroutine, current
+from .scout import NoiseState, Outputs, Question, Scout
+
+# What functions that a sampler adds behind the guidance may ask for (the cfg_pp samplers do).
+GUIDED = ("denoised", "cond_denoised", "uncond_denoised")
+# Samplers that are no sequence of evaluations of one latent.
+REFUSED = {"sample_ar_video": "makes a video piece by piece, each from the one before"}
+
+
+class Wave(Coroutine):
+    """One guided evaluation under way; ``predicted``: at a latent that the sampler has not reached."""
+
+    def __init__(self, guider: Any, work: Callable[[], Outputs], predicted: bool):
+        self.predicted = predicted
+        self._guider = guider
+        self._cfg = getattr(guider, "cfg", None)
+        super().__init__(work, "leapfrog wave")
+
+    def resume(self) -> None:
+        # CFGOverride sets the guider's CFG for the time of an evaluation
+        outside = getattr(self._guider, "cfg", None)
+        self._guider.cfg = self._cfg
+        super().resume()
+        self._cfg, self._guider.cfg = self._guider.cfg, outside
+
+
+def ahead() -> bool:
+    """Whether this is a wave at a predicted latent."""
+    wave = current()
+    return isinstance(wave, Wave) and wave.predicted
+
+
+def sampler_name(sampler: Any) -> str:
+    return getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
+
+
+def check_sampler(sampler: Any) -> None:
+    """Raises LeapfrogError unsupported_sampler, by name, for a SAMPLER that cannot be looked ahead of."""
+    name = sampler_name(sampler)
+    if isinstance(sampler, AheadSampler) or not isinstance(sampler, comfy.samplers.KSAMPLER):
+        raise LeapfrogError.of("unsupported_sampler", f"{name} cannot run in parallel: use a stock sampler.")
+    if name in REFUSED:
+        raise LeapfrogError.of("unsupported_sampler", f"{name} cannot run in parallel: it {REFUSED[name]}.")
+
+
+class AheadSampler(comfy.samplers.KSAMPLER):
+    """A SAMPLER around ``base``. ``last_run`` has the figures of its last run."""
+
+    rolling = False
+
+    def __init__(self, base: comfy.samplers.KSAMPLER):
+        super().__init__(self._sample, dict(base.extra_options), base.inpaint_options)
+        self.base = base
+        self.last_run: Rounds | None = None
+
+    def start(self, guider: Any, work: Sequence[Callable[[], Outputs]], first: int) -> Sequence[Any]:
+        """Start evaluations of a round from its lane ``first`` on, all of them to run at once."""
+        raise NotImplementedError
+
+    def schedule(self, steps: int) -> Any:
+        """The schedule of a run, when its first evaluation is done; None for one evaluation at a time."""
+        raise NotImplementedError
+
+    def note(self, text: str) -> None:
+        """A line for the run's report."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+        """k-diffusion's sampler signature: ``model`` is KSamplerX0Inpaint around the guider, ``x`` ``[batch, ...]``."""
+        guider, extra_args = model.inner_model, extra_args or {}
+        behind = tuple(extra_args.get("model_options", {}).get("sampler_post_cfg_function", ()))
+        evaluate = partial(evaluated, model, behind)
+
+        def run(ask: Callable[[Question], Outputs], **how: Any) -> torch.Tensor:
+            asking = Asking(model, ask, behind)
+            return self.base.sampler_function(asking, x.clone(), sigmas, extra_args=dict(extra_args), **how, **options)
+
+        def schedule() -> Any:
+            if "easycache" in extra_args.get("model_options", {}).get("transformer_options", {}):
+                self.note("steps are taken one by one: EasyCache or LazyCache decides from one to the next")
+                return None
+            return self.schedule(len(sigmas) - 1)
+
+        noise = NoiseState()
+        self.last_run = rounds = Rounds(
+            evaluate,
+            lambda questions, first: self.start(guider, [partial(evaluate, one) for one in questions], first),
+            lambda answers: Scout(partial(run, callback=lambda info: None, disable=True), noise, answers),
+            sigmas.tolist(),
+            schedule,
+            partial(conditioning_at, guider.conds),
+            self.note,
+            self.rolling,
+        )
+        try:
+            return run(rounds.ask, callback=callback, disable=disable)
+        finally:
+            rounds.close()
+
+
+class Asking:
+    """What a sampler is given in place of its model: asks, and does what the sampler added behind the guidance."""
+
+    def __init__(self, model: Any, ask: Callable[[Question], Outputs], behind: tuple[Any, ...]):
+        self._model = model
+        self._ask = ask
+        self._behind = behind
+
+    def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **args: Any) -> torch.Tensor:
+        outputs = self._ask(Question(x, sigma, args))
+        result = outputs[0].clone()  # samplers may go on in place
+        for function in _added(args, self._behind):
+            result = function(
+                {
+                    **dict(zip(GUIDED, (result, *outputs[1:]), strict=True)),
+                    "input": x,
+                    "sigma": sigma,
+                    "model": self._model,
+                }
+            )
+        return result
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _added(args: dict[str, Any], behind: tuple[Any, ...]) -> list[Any]:
+    """The functions that the sampler itself put behind the guidance."""
+    functions = args.get("model_options", {}).get("sampler_post_cfg_function", ())
+    return [function for function in functions if function not in behind]
+
+
+def evaluated(model: Any, behind: tuple[Any, ...], question: Question) -> Outputs:
+    """The guided evaluation that a question asks for, with all that a sampler's own functions will want of it."""
+    if not _added(question.args, behind):
+        return (model(question.x, question.sigma, **question.args),)
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(about: dict[str, Any]) -> torch.Tensor:
+        seen.update({name: about[name] for name in GUIDED})
+        return about["denoised"]
+
+    options = {**question.args["model_options"], "sampler_post_cfg_function": [*behind, look]}
+    denoised = model(question.x, question.sigma, **{**question.args, "model_options": options})
+    return (denoised, *(seen[name] for name in GUIDED[1:]))

@@ -1,0 +1,77 @@
+"""Lookahead in the host: the sampler of a run on a split MODEL, with evaluations of steps to come in the pipeline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+
+from ..parallel_backend import LeapfrogError, SplitDenoiser
+from .ahead import AheadSampler, Wave, check_sampler
+from .scout import Outputs
+
+log = logging.getLogger("leapfrog")
+
+
+def look_ahead(executor: Any, noise: Any, latent_image: Any, sampler: Any, *args: Any, **kwargs: Any) -> Any:
+    """An OUTER_SAMPLE wrapper of a split MODEL: the run's sampler, whichever it is, looks ahead."""
+    denoiser: SplitDenoiser = executor.class_obj.model_patcher.denoiser
+    if denoiser.plan.mode == "lookahead" and not isinstance(sampler, AheadSampler):
+        try:
+            check_sampler(sampler)
+            sampler = LookaheadSampler(denoiser, sampler)
+        except LeapfrogError as error:
+            log.warning("Leapfrog: Async UNet Split cannot look ahead, so all steps are exact: %s", error.report.message)
+    return executor(noise, latent_image, sampler, *args, **kwargs)
+
+
+class LookaheadSampler(AheadSampler):
+    """A pipeline of components that is fed with predicted latents."""
+
+    rolling = True
+
+    def __init__(self, denoiser: SplitDenoiser, base: comfy.samplers.KSAMPLER):
+        super().__init__(base)
+        self._denoiser = denoiser
+        self._waves: list[PipelineWave] = []
+
+    def start(self, guider: Any, work: Sequence[Callable[[], Outputs]], first: int) -> list[PipelineWave]:
+        for lane, evaluate in enumerate(work, first):
+            self._waves.append(PipelineWave(self._denoiser, self._waves, guider, evaluate, lane > 0))
+        return self._waves[-len(work) :]
+
+    def schedule(self, steps: int) -> Any:
+        return self._denoiser.lookahead()
+
+    def note(self, text: str) -> None:
+        self._denoiser.note(text)
+
+
+class PipelineWave(Wave):
+    """An evaluation in the pipeline, ``waves`` are all of them that are under way."""
+
+    def __init__(
+        self, denoiser: SplitDenoiser, waves: list[PipelineWave], guider: Any, work: Callable[[], Outputs],
+        predicted: bool,
+    ):  # fmt: skip
+        self._denoiser = denoiser
+        self._waves = waves
+        super().__init__(guider, work, predicted)
+
+    def finish(self) -> Outputs:
+        """Wait for what it gives; whoever has something to do meanwhile does it."""
+        tick = comfy.model_management.throw_exception_if_processing_interrupted
+        while not self.ended:
+            paused = {id(wave.pending): wave for wave in self._waves if wave.pending is not None}
+            ready = self._denoiser.wait([wave.pending for wave in paused.values()], tick)
+            paused[id(ready)].resume()
+        self._waves.remove(self)
+        return self.result()
+
+    def drop(self) -> None:
+        super().drop()
+        if self in self._waves:
+            self._waves.remove(self)
