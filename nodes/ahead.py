@@ -55,7 +55,9 @@ def sampler_name(sampler: Any) -> str:
 def check_sampler(sampler: Any) -> None:
     """Raises LeapfrogError unsupported_sampler, by name, for a SAMPLER that cannot be looked ahead of."""
     name = sampler_name(sampler)
-    if isinstance(sampler, AheadSampler) or not isinstance(sampler, comfy.samplers.KSAMPLER):
+    if isinstance(sampler, AheadSampler):
+        raise LeapfrogError.of("unsupported_sampler", "This sampler runs in parallel already.")
+    if not isinstance(sampler, comfy.samplers.KSAMPLER):
         raise LeapfrogError.of("unsupported_sampler", f"{name} cannot run in parallel: use a stock sampler.")
     if name in REFUSED:
         raise LeapfrogError.of("unsupported_sampler", f"{name} cannot run in parallel: it {REFUSED[name]}.")

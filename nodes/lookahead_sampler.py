@@ -24,7 +24,9 @@ def look_ahead(executor: Any, noise: Any, latent_image: Any, sampler: Any, *args
             check_sampler(sampler)
             sampler = LookaheadSampler(denoiser, sampler)
         except LeapfrogError as error:
-            log.warning("Leapfrog: Async UNet Split cannot look ahead, so all steps are exact: %s", error.report.message)
+            log.warning(
+                "Leapfrog: Async UNet Split cannot look ahead, so all steps are exact: %s", error.report.message
+            )
     return executor(noise, latent_image, sampler, *args, **kwargs)
 
 

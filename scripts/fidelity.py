@@ -1,10 +1,10 @@
-"""How close Async UNet Split comes to ComfyUI alone: every mode of the node, on a trained model, with real ranks.
+"""How close both blocks come to ComfyUI alone: every mode, preset and predictor, on a trained model, with real ranks.
 
 Prints a Markdown table. PSNR and SSIM compare each picture with the one that ComfyUI alone makes from the same prompt,
 seed and steps. Closeness to one's own n-step picture flatters a parallel method, so two more things are printed: the
 row below each mode has what one device draws in the same ideal time with DPM++ 2M and fewer steps, and a column
-compares all with a nearly converged solution. Ideal speed counts exact evaluations whole and others as 1/N. Nothing is
-timed.
+compares all with a nearly converged solution. Ideal speed counts, for the split, exact evaluations whole and others as
+1/N; for ParaStep, rounds, however many evaluations they have. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -40,18 +40,41 @@ SAME = 120.0
 
 @dataclass(frozen=True)
 class Mode:
-    """A mode of the node: its name there, its name in the table, the warm-up used (0: automatic)."""
+    """A mode of Async UNet Split: its name there, its name in the table, the warm-up used (0: automatic)."""
 
     value: str
     title: str
     warmup: int
 
 
-MODES = (
+SPLITS = (
     Mode("lookahead", "lookahead", 0),
     Mode("extrapolated", "AsyncDiff, states extrapolated", 3),
     Mode("asyncdiff", "AsyncDiff as published", 3),
     Mode("exact", "exact", 3),
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A way to use ParaStep: its name in the table, the fidelity and predictor chosen on the node."""
+
+    title: str
+    fidelity: str
+    predictor: str = "linear"
+
+    def warmup(self, lanes: int) -> int:
+        """Automatic where there is a guard."""
+        return 0 if self.fidelity != "unguarded" else 5 if lanes >= 4 else 3
+
+
+PRESETS = (
+    Preset("ParaStep, faithful", "faithful"),
+    Preset("ParaStep, balanced", "balanced"),
+    Preset("ParaStep, fast", "fast"),
+    Preset("ParaStep, unguarded", "unguarded"),
+    Preset("ParaStep, unguarded, newest", "unguarded", "newest"),
+    Preset("ParaStep as published", "unguarded", "paper"),
 )
 
 
@@ -80,17 +103,25 @@ class Bench:
             self.positive = [clip.encode_from_tokens_scheduled(clip.tokenize(a.caption)) for a in self.asked]
             self.negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
 
-    def pictures(self, model: Any, steps: int, sampler: str) -> torch.Tensor:
-        """One picture for each sample, each in a run of its own: ``[samples, 128, 128, 3]`` in 0..1."""
+    def pictures(
+        self, model: Any, steps: int, name: str, through: Callable[[Any], Any] = lambda sampler: sampler
+    ) -> torch.Tensor:
+        """One picture for each sample, each in a run of its own: ``[samples, 128, 128, 3]`` in 0..1.
+
+        ``name`` is a sampler's, ``through`` makes a SAMPLER of that SAMPLER.
+        """
         import comfy.sample
+        import comfy.samplers
 
         latent, made = torch.zeros(1, 16, 16, 16), []
+        sigmas = comfy.samplers.KSampler(model, steps, "cpu", name, SCHEDULER, 1.0, model.model_options).sigmas
+        sampler = through(comfy.samplers.sampler_object(name))
         for i, positive in enumerate(self.positive):
             noise = comfy.sample.prepare_noise(latent, SEED + i)
             with torch.inference_mode():
-                done = comfy.sample.sample(
-                    model, noise, steps, CFG, sampler, SCHEDULER, positive, self.negative, latent,
-                    disable_pbar=True, seed=SEED + i,
+                done = comfy.sample.sample_custom(
+                    model, noise, CFG, sampler, sigmas, positive, self.negative, latent, disable_pbar=True,
+                    seed=SEED + i,
                 )  # fmt: skip
                 made.append(self.vae.decode(done).clamp(0, 1))
         return torch.cat(made)
@@ -155,17 +186,42 @@ def split(bench: Bench, mode: Mode, components: int, steps: int, folder: Path) -
     return made, 1.0 if mode.value == "exact" else 1 / (exact + (1 - exact) / components)
 
 
+def rounds(bench: Bench, preset: Preset, lanes: int, steps: int) -> tuple[torch.Tensor, float]:
+    """Pictures through ParaStep on one rank, and their ideal speed by how many rounds there were."""
+    from leapfrog.nodes.rounds_sampler import in_rounds
+    from leapfrog.parallel_backend import LanesPlan
+
+    plan = LanesPlan.choose("cpu", lanes, preset.warmup(lanes), preset.predictor, preset.fidelity)
+    counts = []
+
+    def through(base: Any) -> Any:
+        sampler = in_rounds(plan, base)
+        whole = sampler.sampler_function
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            result = whole(*args, **kwargs)
+            counts.append(sampler.last_run.asked / sampler.last_run.count)
+            return result
+
+        sampler.sampler_function = counted
+        return sampler
+
+    made = bench.pictures(bench.model, steps, bench.sampler, through)
+    return made, len(counts) / sum(1 / count for count in counts)
+
+
 def numbers(text: str) -> Sequence[int]:
     return [int(part) for part in text.split(",")]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--block", choices=["split", "parastep"], default="split")
     parser.add_argument("--steps", type=numbers, default=[20, 30, 50], help="such as 20,30,50")
-    parser.add_argument("--components", type=numbers, default=[2, 3], help="such as 2,3")
+    parser.add_argument("--degrees", type=numbers, help="components (2,3) or lanes (2,4,8)")
     parser.add_argument("--samples", type=int, default=8, help="pictures, each with a prompt and a seed of its own")
     parser.add_argument("--sampler", default="euler", help="of all but the baseline")
-    parser.add_argument("--modes", help="only these, such as lookahead,exact")
+    parser.add_argument("--modes", help="only these modes or fidelities, such as lookahead,exact")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the ranks
     torch.set_num_threads(1)
@@ -175,22 +231,32 @@ def main() -> int:
     from leapfrog.parallel_backend.supervisor import close_all
 
     bench = Bench(options.samples, options.sampler)
-    modes = [mode for mode in MODES if not options.modes or mode.value in options.modes.split(",")]
+    only = options.modes.split(",") if options.modes else None
+    if options.block == "split":
+        degrees = options.degrees or [2, 3]
+        ways: list[Any] = [mode for mode in SPLITS if not only or mode.value in only]
+    else:
+        degrees = options.degrees or [2, 4, 8]
+        ways = [preset for preset in PRESETS if not only or preset.fidelity in only]
     print(
         f"{options.samples} pictures, {options.sampler}, CFG {CFG}, scheduler {SCHEDULER}; PSNR in dB, mean ± 95 % CI;"
     )
     print(f"converged: {CONVERGED[1]} steps of {CONVERGED[0]} on one device.\n")
-    print("| mode | N | steps | ideal speed | PSNR | SSIM | all four right | PSNR to converged |")
+    of = "N" if options.block == "split" else "lanes"
+    print(f"| mode | {of} | steps | ideal speed | PSNR | SSIM | all four right | PSNR to converged |")
     print("|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[TRACE_DIR] = folder
         for steps in options.steps:
             reference = bench.alone(options.sampler, steps)
             print(bench.row("ComfyUI alone", "-", steps, steps, 1.0, reference), flush=True)
-            for components in options.components:
-                for mode in modes:
-                    made, speed = split(bench, mode, components, steps, Path(folder))
-                    print(bench.row(mode.title, str(components), steps, steps, speed, made), flush=True)
+            for degree in degrees:
+                for way in ways:
+                    if isinstance(way, Mode):
+                        made, speed = split(bench, way, degree, steps, Path(folder))
+                    else:
+                        made, speed = rounds(bench, way, degree, steps)
+                    print(bench.row(way.title, str(degree), steps, steps, speed, made), flush=True)
                     fewer = round(steps / speed)
                     if fewer < steps:
                         made = bench.alone(BASELINE, fewer)

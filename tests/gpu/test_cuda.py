@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import comfy.samplers
 import pytest
 import torch
 
 from generation import Request, generate
-from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
+from leapfrog.nodes import AsyncUNetSplit
+from leapfrog.nodes.rounds_sampler import in_rounds
+from leapfrog.parallel_backend import LanesPlan
 from ranks import load
 
 TOLERANCE = 2e-2
@@ -35,5 +38,5 @@ def test_exact_mode_is_comfyui(family: str, devices: str):
 @pytest.mark.parametrize("family", ["flux", "unet"])
 def test_one_lane_is_comfyui(family: str, devices: str):
     request = Request(family=family)
-    sampler = ParaStepSampler.execute("euler", 1, 2, devices, "linear").args[0]
+    sampler = in_rounds(LanesPlan.choose(devices, 1), comfy.samplers.sampler_object("euler"))
     assert apart(generate(load(family), request, sampler), generate(load(family), request)) < TOLERANCE

@@ -88,8 +88,11 @@ def test_lookahead_serves_samplers_that_evaluate_once_per_step(sampler: str):
 
 @pytest.mark.parametrize(
     ("sampler", "at_least"),
-    [("heun", 65), ("dpm_2", 65), ("euler_cfg_pp", 40), ("euler_ancestral", 38), ("dpmpp_2m_sde", 38), ("dpmpp_sde", 38)],
-)
+    [
+        ("heun", 65), ("dpm_2", 65), ("euler_cfg_pp", 40), ("euler_ancestral", 38), ("dpmpp_2m_sde", 38),
+        ("dpmpp_sde", 38),
+    ],
+)  # fmt: skip
 def test_lookahead_serves_samplers_that_evaluate_twice_or_draw_noise(sampler: str, at_least: float):
     assert fidelity(sampler, mode="lookahead", warmup=0) > at_least
 

@@ -113,7 +113,7 @@ def test_every_row_of_a_round_has_the_prompt_of_its_own_step(warmup: int, monkey
             {float(sigma): torch.equal(row, positive[0][0][0]) for sigma, row in zip(sigmas, contexts, strict=True)}
         )
 
-    def record(self: LanesDenoiser, inputs: tuple, *rest: Any) -> torch.Tensor:
+    def record(self: LanesDenoiser, inputs: tuple, *rest: Any) -> Any:
         look(inputs[0], seen)
         return original(self, inputs, *rest)
 

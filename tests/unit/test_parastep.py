@@ -195,11 +195,11 @@ def test_every_row_is_evaluated_once_and_groups_stay_together(sizes: list[tuple[
     for (rows, group), share in zip(calls, shares, strict=True):
         assert [row for rank in sorted(share) for row in range(*share[rank])] == list(range(rows))
         assert all(begin % group == 0 and begin < end for begin, end in share.values())
-    groups = [
-        sum((share[rank][1] - share[rank][0]) // group for (_, group), share in zip(calls, shares, strict=True) if rank in share)
-        for rank in range(ranks)
-    ]
-    assert max(groups) - min(groups) <= 1
+    load = [0] * ranks
+    for (_, group), share in zip(calls, shares, strict=True):
+        for rank, (begin, end) in share.items():
+            load[rank] += (end - begin) // group
+    assert max(load) - min(load) <= 1
 
 
 def test_two_ranks_get_the_two_halves_of_a_guided_batch_or_an_evaluation_each():

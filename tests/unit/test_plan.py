@@ -70,8 +70,10 @@ def test_one_gpu_serves_several_ranks_only_when_told_so(monkeypatch: pytest.Monk
         (lambda: SplitPlan(("cpu", "cpu"), mode="sync"), "mode 'sync' is not one of lookahead, asyncdiff"),
         (lambda: SplitPlan(("cpu", "cpu"), cfg_lanes="maybe"), "cfg_lanes 'maybe' is not one of auto, on, off"),
         (lambda: SplitPlan(("cpu",) * 3, cfg_lanes="on"), "two lanes need an even number of devices, not 3"),
-        (lambda: LanesPlan(("cpu",), 0, 1), "lanes 0, warm-up 1"),
-        (lambda: LanesPlan(("cpu",), 2, 0), "lanes 2, warm-up 0"),
+        (lambda: LanesPlan(("cpu",), -1, 1), "lanes -1, warm-up 1"),
+        (lambda: LanesPlan(("cpu",), 2, -1), "lanes 2, warm-up -1"),
+        (lambda: LanesPlan(("cpu",), 2, 1, bound=0), "drift bound 0"),
+        (lambda: LanesPlan.choose("cpu", 2, fidelity="perfect"), "fidelity 'perfect' is not one of exact, faithful"),
         (lambda: LanesPlan(("cpu",), 2, 1, "cubic"), "predictor 'cubic' is not one of linear, newest, paper"),
     ],
 )
@@ -82,11 +84,39 @@ def test_a_plan_that_makes_no_sense_is_refused(make, said: str):
 
 
 def test_lanes_take_no_more_devices_than_they_use(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(plan, "this_machine", lambda: Machine(cuda=4, cores=8))
-    assert LanesPlan.choose("auto", 2, 1, "linear").devices == ("cuda:0", "cuda:1")
-    assert LanesPlan.choose("auto", 0, 1, "linear").lanes == 4
-    assert LanesPlan.choose("auto", 8, 1, "linear").devices == tuple(f"cuda:{i}" for i in range(4))
-    assert LanesPlan.choose("0,1", 4, 1, "linear") == LanesPlan(("cuda:0", "cuda:1"), 4, 1, "linear")
+    monkeypatch.setattr(plan, "this_machine", lambda: Machine(cuda=8, cores=8))
+    assert LanesPlan.choose("auto", 2).devices == tuple(f"cuda:{i}" for i in range(4)), "one for each conditioning"
+    assert len(LanesPlan.choose("auto", 0).devices) == 8
+    assert LanesPlan.choose("0,1", 4).devices == ("cuda:0", "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("devices", "asked", "conditionings", "lanes"),
+    [(2, 0, 1, 2), (2, 0, 2, 1), (4, 0, 2, 2), (8, 0, 2, 4), (1, 0, 2, 1), (2, 2, 2, 2), (1, 4, 2, 4)],
+)
+def test_conditionings_come_before_lanes(devices: int, asked: int, conditionings: int, lanes: int):
+    chosen = LanesPlan(("cpu",) * devices, asked)
+    assert chosen.lanes_for(conditionings) == lanes
+    assert (chosen.schedule(conditionings) is None) == (lanes == 1)
+
+
+def test_a_bound_of_ones_own_replaces_that_of_the_fidelity():
+    assert LanesPlan.choose("cpu,cpu", 2, fidelity="fast", bound=0.005).bound == 0.005
+    assert LanesPlan.choose("cpu,cpu", 2, fidelity="exact").eager
+
+
+@pytest.mark.parametrize(
+    ("plan", "steps", "conditionings", "said"),
+    [
+        (LanesPlan(("cpu",) * 2, 2, 3), 20, 1, "at most 1.67x"),
+        (LanesPlan(("cpu",) * 2, 2, 2), 5, 1, "not worth it"),
+        (LanesPlan(("cpu",) * 2), 20, 2, "2.00x with 20 steps on 2 devices, 1 at once (exact)"),
+        (LanesPlan(("cpu",), 4), 20, 2, "as one batch on one device"),
+        (LanesPlan(("cpu",) * 2, 1), 20, 1, "nothing to spread"),
+    ],
+)
+def test_the_speed_is_told_before(plan: LanesPlan, steps: int, conditionings: int, said: str):
+    assert said in plan.promise(steps, conditionings)
 
 
 @pytest.mark.parametrize(

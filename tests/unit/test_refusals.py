@@ -14,13 +14,15 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
+from comfy.k_diffusion import sampling
 from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 from safetensors.torch import load_file
 
 import tiny_models
 from generation import Request, generate, prompt
-from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
+from leapfrog.nodes import AsyncUNetSplit
+from leapfrog.nodes.parastep_sampler import plan_of
 from leapfrog.parallel_backend import LeapfrogError, supervisor
 from ranks import load, parastep, split
 
@@ -72,14 +74,20 @@ def test_devices_and_components_that_cannot_be(model: Any, devices: str, compone
 
 def test_devices_of_the_sampler_that_cannot_be():
     with Refused("bad_devices", "there is no GPU 99"):
-        ParaStepSampler.execute("euler", 0, 3, "cuda:99", "linear")
+        plan_of("balanced", 0, "cuda:99", 3, "linear", 0.0)
 
 
-def test_a_sampler_that_cannot_go_in_rounds():
-    with Refused("unsupported_sampler", "'dpmpp_2m_sde'"):
-        ParaStepSampler.execute("dpmpp_2m_sde", 0, 3, "cpu,cpu", "linear")
-    assert "'heun'" in str(ParaStepSampler.validate_inputs("heun"))
-    assert ParaStepSampler.validate_inputs("euler") is True
+@pytest.mark.parametrize(
+    ("sampler", "said"),
+    [
+        (lambda: comfy.samplers.KSAMPLER(sampling.sample_ar_video), "sample_ar_video cannot run in parallel"),
+        (lambda: comfy.samplers.Sampler(), "Sampler cannot run in parallel"),
+        (lambda: parastep(2), "runs in parallel already"),
+    ],
+)
+def test_a_sampler_that_cannot_go_in_rounds(sampler: Any, said: str):
+    with Refused("unsupported_sampler", said):
+        parastep(2, base=sampler())
 
 
 @pytest.fixture(params=["async_unet_split", "parastep"])
@@ -208,5 +216,5 @@ def test_a_single_device_and_lane_is_the_base_sampler(caplog: pytest.LogCaptureF
     caplog.set_level(logging.INFO, "leapfrog")
     assert type(parastep(0, ranks=1, base="ddim")) is comfy.samplers.KSAMPLER
     assert [record.message for record in caplog.records] == [
-        "Leapfrog: one device (cpu), so ParaStep Sampler is plain ddim."
+        "Leapfrog: one device (cpu), so ParaStep is plain sample_euler."
     ]

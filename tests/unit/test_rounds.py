@@ -179,8 +179,13 @@ def test_the_callers_random_numbers_are_left_alone(name: str):
     assert torch.equal(torch.get_rng_state(), expected)
 
 
-@given(st.integers(1, 8), st.integers(0, 6), st.sampled_from(["linear", "newest", "paper"]),
-       st.sampled_from([None, 0.3, 0.02, 1e-3]), st.sampled_from(["euler", "dpmpp_2m", "heun", "euler_ancestral"]))  # fmt: skip
+@given(
+    st.integers(1, 8),
+    st.integers(0, 6),
+    st.sampled_from(["linear", "newest", "paper"]),
+    st.sampled_from([None, 0.3, 0.02, 1e-3]),
+    st.sampled_from(["euler", "dpmpp_2m", "heun", "euler_ancestral"]),
+)
 @settings(max_examples=40, deadline=None)
 def test_each_answer_is_the_one_fresh_output_for_its_evaluation(
     lanes: int, warmup: int, kind: str, bound: float | None, name: str
