@@ -203,7 +203,7 @@ class LanesPlan:
         "exact": (1e-5, True),
         "faithful": (0.004, False),
         "balanced": (0.01, False),
-        "fast": (0.02, False),
+        "fast": (0.03, False),
         "unguarded": (math.inf, False),
     }
 

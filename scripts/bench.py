@@ -13,15 +13,19 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 from full_size import MODELS, checkpoint, load, sample
 from pack import ROOT, add_comfyui, load_pack
 
 CFG = 7.0
+ALONE, ALONE_UNGUIDED = "ComfyUI alone", "ComfyUI alone, CFG 1"
 RANKS = 2
 TITLES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1"}
 SECONDS_SOLO = 12.0
@@ -38,10 +42,21 @@ def devices() -> tuple[str, ...]:
     return tuple(f"cuda:{i}" for i in range(RANKS)) if many else ("cpu",) * RANKS
 
 
-def timed(model: Any, name: str, sampler: Any, steps: int, size: int) -> tuple[Any, float]:
+def timed(model: Any, name: str, sampler: Any, steps: int, size: int, cfg: float) -> tuple[Any, float]:
     """``(latent, seconds)`` of one run; ``size`` is the latent's side."""
     began = time.perf_counter()
-    return sample(model, name, steps, size, cfg=CFG, sampler=sampler), time.perf_counter() - began
+    return sample(model, name, steps, size, cfg=cfg, sampler=sampler), time.perf_counter() - began
+
+
+@dataclass
+class Row:
+    """A line of the table: ``run(steps)`` gives latent and seconds; compared with the row ``beside``."""
+
+    run: Callable[[int], tuple[Any, float]]
+    bound: float
+    beside: str
+    seconds: list[float] = field(default_factory=list)
+    latent: Any = None
 
 
 def solo(name: str, size: int) -> None:
@@ -113,6 +128,48 @@ def round_trip_ms() -> float:
     return 1e3 * statistics.median(times)
 
 
+def round_overheads_ms(folder: Path) -> list[float]:
+    """From a run's trace: the times between the last rank's end of one round and the first one's begin of the next."""
+    spans: dict[int, list[tuple[float, float]]] = {}
+    for path in folder.glob("run-*.json"):
+        for event in json.loads(path.read_text())["traceEvents"]:
+            if event["ph"] == "X":
+                span = event["ts"], event["ts"] + event["dur"]
+                spans.setdefault(event["args"]["call"], []).append(span)
+    calls = [spans[call] for call in sorted(spans)]
+    ends = [max(end for _, end in call) for call in calls]
+    begins = [min(begin for begin, _ in call) for call in calls]
+    return [(begin - end) / 1e3 for end, begin in zip(ends, begins[1:], strict=False)]
+
+
+def batches(options: argparse.Namespace) -> None:
+    """BatchStep: several steps as one batch on ONE device, against the same steps one after another."""
+    import comfy.samplers
+
+    from leapfrog.nodes.rounds_sampler import RoundsSampler
+    from leapfrog.parallel_backend import LanesPlan
+    from leapfrog.parallel_backend.supervisor import close_all
+
+    euler = comfy.samplers.sampler_object("euler")
+    whole = load(options.model)
+    print(f"{TITLES[options.model]} U-Net, one device ({devices()[0]}), {options.steps} steps, CFG 1")
+    print("| latent side | lanes | rounds | seconds | speed |")
+    print("|---|---|---|---|---|", flush=True)
+    for size in (8, 16, 32):
+        alone = 0.0
+        for lanes in (1, 2, 4, 8):
+            plan = LanesPlan(devices()[:1], lanes, options.warmup)
+            sampler = RoundsSampler(plan, euler, lambda text: None)
+            timed(whole, options.model, sampler, 2, size, 1.0)
+            took = statistics.median(
+                timed(whole, options.model, sampler, options.steps, size, 1.0)[1] for _ in range(options.repeat)
+            )
+            alone = alone or took
+            rounds = sampler.last_run.count if sampler.last_run else 0
+            print(f"| {size} | {lanes} | {rounds} | {took:.2f} | {alone / took:.2f}x |", flush=True)
+    close_all()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
@@ -120,6 +177,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--model", choices=TITLES, default="sd15")
+    parser.add_argument("--batch", action="store_true", help="steps as one batch on one device, instead")
     parser.add_argument("--solo", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start
@@ -135,14 +193,16 @@ def main() -> None:
         solo(options.model, options.size)
         return
     torch.set_num_threads(1)
-    run(options)
+    (batches if options.batch else run)(options)
 
 
 def run(options: argparse.Namespace) -> None:
     import comfy.samplers
 
-    from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
-    from leapfrog.parallel_backend import SplitDenoiser
+    from leapfrog.nodes import AsyncUNetSplit
+    from leapfrog.nodes.rounds_sampler import in_rounds
+    from leapfrog.parallel_backend import LanesPlan, SplitDenoiser
+    from leapfrog.parallel_backend.report import TRACE_DIR
     from leapfrog.parallel_backend.schedules import asyncdiff, parastep
     from leapfrog.parallel_backend.supervisor import close_all
 
@@ -157,52 +217,54 @@ def run(options: argparse.Namespace) -> None:
     whole = load(options.model)
     euler = comfy.samplers.sampler_object("euler")
     named = ",".join(devices())
-    split = {
-        mode: AsyncUNetSplit.execute(whole, named, RANKS, options.warmup, 1, mode, cfg_lanes="off").args[0]
+    steps, warmup = options.steps, options.warmup
+    splits = {
+        mode: AsyncUNetSplit.execute(whole, named, RANKS, warmup, 1, mode, cfg_lanes="off").args[0]
         for mode in ("lookahead", "asyncdiff", "exact")
     }
-    steps, warmup = options.steps, options.warmup
-    lanes = ParaStepSampler.execute("euler", 0, options.warmup, named, "linear").args[0]
 
-    def work(model: Any, sampler: Any, n: int) -> tuple[Any, float]:
-        return timed(model, options.model, sampler, n, options.size)
+    def lanes(count: int) -> Any:
+        return in_rounds(LanesPlan.choose(named, count, warmup, fidelity="unguarded"), euler)
 
-    rows: dict[str, tuple[Callable, float]] = {
-        "ComfyUI alone": (lambda n: work(whole, euler, n), 1.0),
-        "Async UNet Split, exact": (lambda n: work(split["exact"], euler, n), 1.0),
-        "Async UNet Split, lookahead": (
-            lambda n: work(split["lookahead"], euler, n),
-            asyncdiff.ideal_speedup(steps, warmup + 1, 1 / RANKS),  # the last step is exact
-        ),
-        "Async UNet Split, asyncdiff": (
-            lambda n: work(split["asyncdiff"], euler, n),
-            asyncdiff.ideal_speedup(steps, warmup, 1 / RANKS),
-        ),
-        "ParaStep Sampler": (
-            lambda n: work(whole, lanes, n),
-            parastep.ideal_speedup(steps, RANKS, warmup),
-        ),
+    def row(bound: float, model: Any = whole, sampler: Any = euler, cfg: float = CFG) -> Row:
+        beside = ALONE if cfg == CFG else ALONE_UNGUIDED
+        return Row(lambda n: timed(model, options.model, sampler, n, options.size, cfg), bound, beside)
+
+    rows = {
+        ALONE: row(1.0),
+        "Async UNet Split, exact": row(1.0, splits["exact"]),
+        "Async UNet Split, lookahead": row(asyncdiff.ideal_speedup(steps, warmup + 1, 1 / RANKS), splits["lookahead"]),
+        "Async UNet Split, asyncdiff": row(asyncdiff.ideal_speedup(steps, warmup, 1 / RANKS), splits["asyncdiff"]),
+        "ParaStep, CFG lanes": row(2.0, sampler=lanes(0)),
+        ALONE_UNGUIDED: row(1.0, cfg=1.0),
+        "ParaStep, 2 lanes, CFG 1": row(parastep.ideal_speedup(steps, RANKS, warmup), sampler=lanes(2), cfg=1.0),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in rows}
-    latents = {}
-    for _ in range(options.repeat):
-        for name, (row, _bound) in rows.items():
-            print(f"  {name} ...", file=sys.stderr, flush=True)
-            row(1)  # the ranks load what this row needs
-            latents[name], took = row(options.steps)
-            seconds[name].append(took)
-    reference = latents["ComfyUI alone"]
-    alone = statistics.median(seconds["ComfyUI alone"])
-    print(f"ComfyUI alone: {1e3 * alone / options.steps:.0f} ms per step on one thread")
+    overheads = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(options.repeat):
+            for name, one in rows.items():
+                print(f"  {name} ...", file=sys.stderr, flush=True)
+                one.run(1)  # the ranks load what this row needs
+                os.environ[TRACE_DIR] = folder
+                one.latent, took = one.run(steps)
+                del os.environ[TRACE_DIR]
+                one.seconds.append(took)
+                if name == "ParaStep, 2 lanes, CFG 1":
+                    overheads += round_overheads_ms(Path(folder))
+                for trace in Path(folder).iterdir():
+                    trace.unlink()
+    alone = statistics.median(rows[ALONE].seconds)
+    print(f"ComfyUI alone: {1e3 * alone / steps:.0f} ms per step on one thread")
     print(f"{'':30}{'seconds':>9}{'speed':>8}{'bound':>8}{'of bound x factor':>19}{'rel. difference':>17}")
     table = []
-    for name, (_row, bound) in rows.items():
-        took = statistics.median(seconds[name])
-        speed = alone / took
-        reached = f"{speed / (bound / RANKS * factor):.0%}" if bound > 1 else "-"
-        apart = float((latents[name] - reference).norm() / reference.norm())
-        print(f"{name:30}{took:9.2f}{speed:7.2f}x{bound:7.2f}x{reached:>18}{apart:17.1e}")
-        table.append({"name": name, "seconds": seconds[name], "speed": speed, "bound": bound, "difference": apart})
+    for name, one in rows.items():
+        beside, took = rows[one.beside], statistics.median(one.seconds)
+        speed = statistics.median(beside.seconds) / took
+        reached = f"{speed / (one.bound / RANKS * factor):.0%}" if one.bound > 1 else "-"
+        apart = float((one.latent - beside.latent).norm() / beside.latent.norm())
+        print(f"{name:30}{took:9.2f}{speed:7.2f}x{one.bound:7.2f}x{reached:>18}{apart:17.1e}")
+        table.append({"name": name, "seconds": one.seconds, "speed": speed, "bound": one.bound, "difference": apart})
+    print(f"between two rounds of ParaStep: {statistics.median(overheads):.2f} ms median in which no rank evaluates")
     traced = next(iter(SplitDenoiser._traces.values()))[0]
     print("unit times, ms: " + " ".join(f"{1e3 * unit.seconds:.0f}" for unit in traced.units))
     result = {"steps": options.steps, "size": options.size, "factor": factor, "rows": table}

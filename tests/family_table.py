@@ -1,4 +1,7 @@
-"""docs/families.md: what the test run saw of each family, written where LEAPFROG_WRITE_DOCS=1 asks for it."""
+"""docs/families.md: what the test run saw of each family, written where LEAPFROG_WRITE_DOCS=1 asks for it.
+
+With it goes a picture for each, build/families/NAME MODE.png: ComfyUI alone on the left, ours on the right.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from pack import ROOT
+import torch
+from PIL import Image
+
+from pack import BUILD, ROOT
 
 TABLE = ROOT / "docs" / "families.md"
 COMMAND = "make families"
@@ -43,6 +49,35 @@ def write(path: Path = TABLE) -> None:
     lines |= {name: _line(name, row) for name, row in _rows.items()}
     body = "\n".join(["| family | units | exact | run |", "|---|---|---|---|", *lines.values()])
     path.write_text(f"{HEAD}Written by `{COMMAND}` on {date.today().isoformat()}.\n\n{body}\n")
+
+
+def picture(name: str, mode: str, theirs: torch.Tensor, ours: torch.Tensor) -> None:
+    """Draw two latents side by side, where it is asked for: three channels of a picture's or of a first frame."""
+    if os.environ.get("LEAPFROG_WRITE_DOCS") != "1":
+        return
+    both = torch.cat([_drawn(theirs, theirs), _drawn(theirs, ours)], dim=1)
+    scale = max(1, 128 // both.shape[0])
+    image = Image.fromarray((both * 255).byte().numpy())
+    folder = BUILD / "families"
+    folder.mkdir(parents=True, exist_ok=True)
+    image.resize((both.shape[1] * scale, both.shape[0] * scale), Image.Resampling.NEAREST).save(
+        folder / f"{name} {mode}.png"
+    )
+
+
+def _drawn(reference: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
+    """``[height, width, 3]`` in 0..1, scaled as the reference needs it; sound is drawn channels by time."""
+
+    def flat(x: torch.Tensor) -> torch.Tensor:
+        x = x[0].float()
+        while x.ndim > 3:
+            x = x[:, 0]
+        if x.ndim < 3:
+            x = x.reshape(1, -1, x.shape[-1])
+        return x[[0, 1 % len(x), 2 % len(x)]]
+
+    scale = flat(reference).abs().max().clamp_min(1e-6)
+    return (flat(latent) / scale / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
 
 
 def _lines_of(path: Path) -> list[str]:

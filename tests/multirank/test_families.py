@@ -82,6 +82,7 @@ def test_asynchronous_modes_run_and_repeat(mode: str, name: str):
         assert distance(ours, theirs) > EXACT, "no step was asynchronous"
     assert torch.equal(families.sample(model, family, steps=6), ours)
     family_table.add(name, tested=[mode])
+    family_table.picture(name, mode, theirs, ours)
 
 
 @pytest.mark.parametrize("name", REFUSED)
