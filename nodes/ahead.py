@@ -18,6 +18,7 @@ from ..parallel_backend import LeapfrogError, Rounds
 from .boundaries import conditioning_at
 from .coroutine import Coroutine, current
 from .scout import NoiseState, Outputs, Question, Scout
+from .shared_noise import with_shared_noise
 
 # What functions that a sampler adds behind the guidance may ask for (the cfg_pp samplers do).
 GUIDED = ("denoised", "cond_denoised", "uncond_denoised")
@@ -91,6 +92,7 @@ class AheadSampler(comfy.samplers.KSAMPLER):
         guider, extra_args = model.inner_model, extra_args or {}
         behind = tuple(extra_args.get("model_options", {}).get("sampler_post_cfg_function", ()))
         evaluate = partial(evaluated, model, behind)
+        options = with_shared_noise(self.base.sampler_function, x, sigmas, extra_args.get("seed"), options)
 
         def run(ask: Callable[[Question], Outputs], **how: Any) -> torch.Tensor:
             asking = Asking(model, ask, behind)
