@@ -201,8 +201,8 @@ class LanesPlan:
 
     FIDELITIES: ClassVar = {
         "exact": (1e-5, True),
-        "faithful": (0.004, False),
-        "balanced": (0.01, False),
+        "faithful": (0.006, False),
+        "balanced": (0.012, False),
         "fast": (0.03, False),
         "unguarded": (math.inf, False),
     }

@@ -23,10 +23,15 @@ LAYERED = "TimestepEmbedSequential"
 
 
 class Output(msgspec.Struct, frozen=True):
-    """What a unit returns: a tree spec (``tensors.py``), and the dtype and shape of each of its tensors."""
+    """What a unit returns: a tree spec (``tensors.py``), and the dtype and shape of each of its tensors.
+
+    ``orders`` are the dimensions of each tensor as they lie in memory, the outermost first. Sums depend on it: only
+    with the same order do later units compute the same to the last bit.
+    """
 
     spec: Any
     tensors: list[tuple[str, tuple[int, ...]]]
+    orders: list[tuple[int, ...]] = []
 
 
 class Flow(msgspec.Struct, frozen=True):

@@ -85,8 +85,7 @@ class Component:
         """What the stand-in of an absent unit returns."""
         if unit not in self._answers:
             assert self._layout
-            output = self._layout.outputs[unit]
-            assert output is not None, "a unit that does not run was called"
+            output = _output(self._layout, unit)
             device = self._links.device
             self._answers[unit] = _tree(output, [Unknown(_meta(*tensor), device) for tensor in output.tensors])
         return self._answers[unit]
@@ -130,7 +129,7 @@ class Component:
             self._arrived(state, position, self._links.wait(incoming))
         state.coming.clear()
         coming = {
-            position: self._links.receive(self._peers[position], [_meta(*t) for u in units for t in _described(now, u)])
+            position: self._links.receive(self._peers[position], [t for u in units for t in _expected(now, u)])
             for position, units in now.receives.items()
         }
         drift = 0.0
@@ -155,7 +154,7 @@ class Component:
             if is_unknown(result):
                 raise RuntimeError("the result reads what no rank sends to this one: its flow is not what was traced")
         for other, wanted in now.sends.items():
-            self._links.send(self._peers[other], [t for unit in wanted for t in self._made[unit]])
+            self._links.send(self._peers[other], [t for u in wanted for t in _as_in_memory(now, u, self._made[u])])
         self._answers, self._made = {}, {}
         if not extrapolate and not measure:
             state.before.clear()
@@ -175,10 +174,19 @@ class Component:
         self._streams.clear()
 
 
-def _described(layout: Layout, unit: int) -> list[tuple[str, tuple[int, ...]]]:
+def _output(layout: Layout, unit: int) -> Output:
     output = layout.outputs[unit]
-    assert output is not None
-    return output.tensors
+    assert output is not None, "a unit that does not run was called"
+    return output
+
+
+def _as_in_memory(layout: Layout, unit: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """A unit's output with its dimensions in the order in which they travel."""
+    return [t.permute(order) for t, order in zip(tensors, _output(layout, unit).orders, strict=True)]
+
+
+def _expected(layout: Layout, unit: int) -> list[torch.Tensor]:
+    return _as_in_memory(layout, unit, [_meta(*tensor) for tensor in _output(layout, unit).tensors])
 
 
 def _meta(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -194,10 +202,13 @@ def _answers(layout: Layout, arrived: Mapping[int, list[torch.Tensor]]) -> Outpu
     for position, units in layout.receives.items():
         tensors = iter(arrived[position])
         for unit in units:
-            output = layout.outputs[unit]
-            assert output is not None
-            answers[unit] = _tree(output, [next(tensors) for _ in output.tensors])
+            output = _output(layout, unit)
+            answers[unit] = _tree(output, [next(tensors).permute(_inverse(order)) for order in output.orders])
     return answers
+
+
+def _inverse(order: tuple[int, ...]) -> list[int]:
+    return sorted(range(len(order)), key=order.__getitem__)
 
 
 def _continued(state: StreamState) -> dict[int, list[torch.Tensor]]:

@@ -224,4 +224,9 @@ def marks_of(value: Any) -> frozenset[int]:
 
 def describe(output: Any, name: str) -> Output:
     spec, tensors = flatten(output, f"the output of {name}")
-    return Output(spec, [(DTYPE_NAMES[t.dtype], tuple(t.shape)) for t in tensors])
+    return Output(spec, [(DTYPE_NAMES[t.dtype], tuple(t.shape)) for t in tensors], [_order(t) for t in tensors])
+
+
+def _order(tensor: torch.Tensor) -> tuple[int, ...]:
+    strides = tensor.stride()
+    return tuple(sorted(range(tensor.ndim), key=lambda dim: -strides[dim]))
