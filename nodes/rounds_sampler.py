@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,8 +18,6 @@ from .recipe import comfy_host, patches_of, recipe_of
 from .scout import Outputs
 from .standin import StandInPatcher, weightless
 
-log = logging.getLogger("leapfrog")
-
 
 def in_rounds(plan: LanesPlan, base: Any, tell: Callable[[str], None] = lambda text: None) -> Any:
     """A SAMPLER that takes the evaluations of SAMPLER ``base`` in rounds; ``base`` itself where there is nothing to do.
@@ -29,7 +26,7 @@ def in_rounds(plan: LanesPlan, base: Any, tell: Callable[[str], None] = lambda t
     """
     check_sampler(base)
     if len(plan.devices) == 1 and plan.lanes < 2:
-        log.info("Leapfrog: one device (%s), so ParaStep is plain %s.", plan.devices[0], sampler_name(base))
+        tell(f"one device ({plan.devices[0]}), so ParaStep is plain {sampler_name(base).removeprefix('sample_')}.")
         return base
     return RoundsSampler(plan, base, tell)
 
@@ -42,6 +39,7 @@ class RoundsSampler(AheadSampler):
         self.plan = plan
         self._tell = tell
         self._denoiser: LanesDenoiser | None = None
+        self._notes: list[str] = []
 
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model
@@ -49,11 +47,11 @@ class RoundsSampler(AheadSampler):
         args = {**(extra_args or {})}
         through = _through(args.get("model_options", {}), weightless(guider.inner_model, denoiser), guider)
         denoiser.begin_run()
+        self._notes.clear()
         try:
             result = super()._sample(model, x, sigmas, {**args, "model_options": through}, callback, disable, **options)
             assert self.last_run
-            for line in self.last_run.lines():
-                self._tell(f"ParaStep: {line}")
+            self._tell("ParaStep: " + "; ".join([*self.last_run.lines(), *self._notes]))
             return result
         finally:
             denoiser.end_run()
@@ -80,6 +78,7 @@ class RoundsSampler(AheadSampler):
     def note(self, text: str) -> None:
         assert self._denoiser
         self._denoiser.note(text)
+        self._notes.append(text)
 
     def _denoiser_for(self, patcher: comfy.model_patcher.ModelPatcher) -> LanesDenoiser:
         if isinstance(patcher, StandInPatcher):

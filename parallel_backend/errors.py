@@ -17,7 +17,7 @@ HINTS = {
     ),
     "unsupported_model": "Use ParaStep Sampler, which does not cut the denoiser, or take the node out.",
     "unsupported_patch": "Remove the node that adds it, or take Leapfrog's node out of this workflow.",
-    "unsupported_sampler": "Choose 'euler' or 'ddim'.",
+    "unsupported_sampler": "Choose one that KSamplerSelect offers, or take Leapfrog's node out of this workflow.",
     "missing_file": "Put the file back, or choose another one in the loader.",
     "rank_start": "The log above holds what the rank printed; a free port on 127.0.0.1 and enough memory are needed.",
     "rank_died": "The next prompt starts a new pool. If it dies again, the rank's last lines say why.",

@@ -246,14 +246,17 @@ class LanesPlan:
 
     def promise(self, steps: int, conditionings: int) -> str:
         """What may be expected of such a run, in a line for the user."""
-        lanes = self.lanes_for(conditionings)
-        bound = ideal_speedup(steps, lanes, self.warmup, len(self.devices), conditionings)
-        what = f"{steps} steps on {len(self.devices)} devices, {lanes} at once"
+        lanes, devices = self.lanes_for(conditionings), len(self.devices)
+        bound = ideal_speedup(steps, lanes, self.warmup, devices, conditionings)
+        exact = ideal_speedup(steps, 1, 0, devices, conditionings)
+        where = f"{devices} devices" if devices > 1 else "one device"
+        if lanes == 1 and exact == 1:
+            return f"ParaStep: {steps} steps one by one, nothing to do for a second device; set lanes to 2 or more"
         if lanes == 1:
-            how = "exact" if conditionings > 1 else "nothing to spread: set lanes"
-            return f"ParaStep: at most {bound:.2f}x with {what} ({how})"
-        if len(self.devices) == 1:
-            return f"ParaStep: {lanes} steps as one batch on one device; pays only where one step does not fill it"
-        if bound < WORTH:
-            return f"ParaStep: at most {bound:.2f}x with {what}: parallel steps are not worth it here"
-        return f"ParaStep: at most {bound:.2f}x with {what}"
+            return f"ParaStep: at most {exact:.2f}x ({steps} steps one by one, the prompts on {where}), exact"
+        if devices == 1:
+            return f"ParaStep: {steps} steps, {lanes} as one batch on {where}; pays only where one does not fill it"
+        said = f"ParaStep: at most {bound:.2f}x ({steps} steps, {lanes} at once, {where})"
+        if exact >= max(bound, WORTH):
+            return f"{said}; lanes 1 gives {exact:.2f}x, exact"
+        return said if bound >= WORTH else f"{said}: not worth it here"

@@ -29,7 +29,8 @@ from pack import BUILD, ROOT, add_comfyui, load_pack
 
 GRAPHS = ROOT / "tests" / "graphs"
 OUT = BUILD / "demo"
-WARMUP = 3  # as in the graphs
+WARMUP = 3  # of Split; ParaStep finds its own
+LANES = 2  # of ParaStep: by default it would give two devices a prompt each, as the row "Split, CFG lanes" shows
 BATCH = 4  # pictures per prompt: a step of the small model takes long enough for its cost to be the denoiser's
 CAPTIONS = (  # none of them was in the training set
     "a large red circle on the left",
@@ -65,9 +66,9 @@ def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
         return nodes
 
     plain = {"sample": {"steps": steps}}
-    fewer = round(steps / parastep.ideal_speedup(steps, ranks, WARMUP))
+    fewer = round(steps / parastep.ideal_speedup(steps, LANES))
     baseline = {"sample": {"steps": fewer, "sampler_name": "dpmpp_2m"}}
-    lanes = {"sigmas": {"steps": steps}, "sampler": {"devices": devices}}
+    lanes = {"sigmas": {"steps": steps}, "sampler": {"devices": devices, "lanes": LANES}}
 
     def split(mode: str, **inputs: Any) -> dict[str, Any]:
         inputs = {"components": ranks, "warmup_steps": WARMUP, "mode": mode, **inputs}
@@ -80,7 +81,7 @@ def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
         Mode("Split, asyncdiff", split("asyncdiff"), ranks),
         Mode("Split, exact", split("exact"), ranks),
         Mode("Split, CFG lanes", split("lookahead", components=1), ranks),
-        Mode("ParaStep Sampler", graph("parastep_sampler", lanes), ranks),
+        Mode("ParaStep Sampler", graph("parastep_sampler", lanes), min(ranks, 2 * LANES)),
         Mode(f"ComfyUI, {fewer} steps DPM++ 2M", graph("stock_flux", baseline), 0),
     ]
 

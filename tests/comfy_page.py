@@ -97,6 +97,38 @@ class ComfyPage:
         self.tab.wait_for_timeout(500)  # results follow the typing
         return box.get_by_role("listbox").inner_text()
 
+    def change(self, **values: Any) -> None:
+        """Set widgets of these names, on whichever node they are."""
+        self.tab.evaluate(
+            """(values) => app.graph.nodes.flatMap((node) => node.widgets ?? [])
+                .filter((one) => one.name in values).forEach((one) => { one.value = values[one.name] })""",
+            values,
+        )
+
+    def listen(self) -> None:
+        """From now on, keep the texts and the steps that ComfyUI announces, see `heard`."""
+        self.tab.evaluate(
+            """() => {
+                if (!window.heard) {
+                    app.api.addEventListener('progress_text', (event) => window.heard.texts.push(event.detail.text))
+                    app.api.addEventListener('progress', (event) => window.heard.steps.push(event.detail.value))
+                }
+                window.heard = { texts: [], steps: [] }
+            }"""
+        )
+
+    def heard(self) -> dict[str, list[Any]]:
+        return self.tab.evaluate("window.heard")
+
+    def text_on(self, kind: str) -> str | None:
+        """The text that a node shows while it works and after."""
+        return self.tab.evaluate(
+            f"(type) => ({FIND})(type).widgets.find((one) => one.name === '$$node-text-preview')?.value ?? null", kind
+        )
+
+    def cancel(self) -> None:
+        self.tab.get_by_role("button", name="Cancel current run").first.click()
+
     def run(self, timeout: float) -> str:
         """Click Run, wait until Save Image shows a picture, and return its file name."""
         self.tab.get_by_test_id("queue-button").click()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,18 @@ from comfy_page import ComfyPage
 from comfy_server import ComfyServer
 from pack import BASE
 
-WORKFLOWS = {"async_unet_split": "LeapfrogAsyncUNetSplit", "parastep_sampler": "LeapfrogParaStepSampler"}
-CHANGED = {"async_unet_split": {"components": 2}}
+WORKFLOWS = {
+    "async_unet_split": "LeapfrogAsyncUNetSplit",
+    "parastep_sampler": "LeapfrogParaStepSampler",
+    "parastep_ksampler": "LeapfrogParaStepKSampler",
+}
+NAMES = {"Async UNet Split", "ParaStep Sampler", "ParaStep KSampler"}
+AS_KSAMPLER = {"sampler_name": "euler", "scheduler": "simple", "control_after_generate": "fixed", "seed": 7, "cfg": 3.0}
+CHANGED = {
+    "async_unet_split": {"components": 2},
+    "parastep_sampler": {},
+    "parastep_ksampler": AS_KSAMPLER,
+}
 """Values of our node that a workflow sets to something else than the default."""
 MODELS = (
     "diffusion_models/shapes_flux.safetensors",
@@ -62,17 +74,58 @@ def are_apart(one: Sequence[float], other: Sequence[float]) -> bool:
     return x + width <= x2 or x2 + width2 <= x or y + height <= y2 or y2 + height2 <= y
 
 
-@pairs
-def test_a_workflow_runs_from_the_page(page: ComfyPage, comfy_server: ComfyServer, workflow: str, node_id: str):
+def skip_without_models() -> None:
     missing = [name for name in MODELS if not (BASE / "models" / name).is_file()]
     if missing:
         pytest.skip(f"the demonstration model is not in place: {', '.join(missing)}")
+
+
+@pairs
+def test_a_workflow_runs_from_the_page(page: ComfyPage, comfy_server: ComfyServer, workflow: str, node_id: str):
+    skip_without_models()
     page.open_template(workflow)
     name = page.run(timeout=100)
     page.shoot(f"{workflow}_done")
     picture = np.asarray(Image.open(comfy_server.output / name))
     assert picture.shape == (128, 128, 3)
     assert picture.std() > 10, "an empty picture"
+
+
+@pytest.mark.parametrize("workflow", ["parastep_sampler", "parastep_ksampler"])
+def test_a_node_says_what_to_expect_and_then_what_it_took(page: ComfyPage, workflow: str):
+    skip_without_models()
+    page.open_template(workflow)
+    page.change(seed=20, noise_seed=20)  # or ComfyUI would show the picture that it has
+    page.listen()
+    page.set("Comfy.Execution.PreviewMethod", "latent2rgb")  # without, ComfyUI announces ten steps a second at most
+    try:
+        page.run(timeout=100)
+    finally:
+        page.set("Comfy.Execution.PreviewMethod", "default")
+    page.shoot(f"{workflow}_text")
+    before, after = page.heard()["texts"]
+    assert re.fullmatch(r"ParaStep: .*\b20 steps, 2 .*", before)
+    assert re.fullmatch(r"ParaStep: 20 evaluations in \d+ rounds.*", after)
+    assert page.text_on(WORKFLOWS[workflow]) == after
+    assert [step for step in page.heard()["steps"] if step] == list(range(1, 21))
+
+
+def test_cancel_ends_a_run(page: ComfyPage, comfy_server: ComfyServer):
+    skip_without_models()
+    page.open_template("parastep_ksampler")
+    page.change(seed=21, steps=2000)
+    page.listen()
+    page.tab.get_by_test_id("queue-button").click()
+    page.tab.wait_for_function("window.heard.steps.length > 5", timeout=100_000)
+    page.cancel()
+    page.tab.wait_for_function("async () => !(await (await fetch('/queue')).json()).queue_running.length")
+    assert max(page.heard()["steps"]) < 1000
+    (entry,) = [one for one in comfy_server.get("/history").values() if was_cancelled(one)]
+    assert not entry["outputs"]
+
+
+def was_cancelled(entry: dict[str, Any]) -> bool:
+    return any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
 
 
 @pairs
@@ -84,12 +137,12 @@ def test_the_help_page_documents_every_input(page: ComfyPage, comfy_server: Comf
     assert said.startswith(schema["display_name"])
     documented = page.tab.locator(".node-help-content td:first-child").all_inner_texts()
     inputs = {cell.split()[0] for cell in documented if cell}
-    assert set(schema["input"]["required"]) <= inputs
+    assert {*schema["input"]["required"], *schema["input"].get("optional", {})} <= inputs
 
 
-@pytest.mark.parametrize("query", ["leapfrog", "Async UNet Split", "ParaStep Sampler", "multi gpu"])
+@pytest.mark.parametrize("query", ["leapfrog", *sorted(NAMES), "multi gpu"])
 def test_the_node_search_finds(page: ComfyPage, query: str):
     found = page.search(query)
     page.shoot(f"search_{query.lower().replace(' ', '_')}")
-    expected = {query} & {"Async UNet Split", "ParaStep Sampler"} or {"Async UNet Split", "ParaStep Sampler"}
+    expected = {query} & NAMES or NAMES
     assert all(name in found for name in expected)

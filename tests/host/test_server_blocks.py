@@ -1,4 +1,4 @@
-"""Both blocks in a real ComfyUI, queued as a browser would: pictures, progress, Cancel, freeing, what goes wrong."""
+"""All blocks in a real ComfyUI, queued as a browser would: pictures, progress, Cancel, freeing, what goes wrong."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from comfy_server import ComfyServer, PromptError, PromptInterrupted
 
-BLOCKS = {"async_unet_split": "split", "parastep_sampler": "sampler"}
+BLOCKS = {"async_unet_split": "split", "parastep_sampler": "sampler", "parastep_ksampler": "sample"}
 """Graph -> the id of our node in it."""
 Graph = dict[str, Any]
 Graphs = Callable[..., Graph]
@@ -74,13 +74,49 @@ def test_a_block_draws_nearly_what_comfyui_draws(comfy_server: ComfyServer, bloc
 
 
 @pytest.mark.parametrize(
-    ("name", "node"), [("async_unet_split", {"mode": "exact"}), ("parastep_sampler", {"lanes": 1})]
+    ("name", "node"),
+    [("async_unet_split", {"mode": "exact"}), ("parastep_sampler", {"lanes": 1}), ("parastep_ksampler", {"lanes": 1})],
 )
 def test_a_block_without_approximation_draws_what_comfyui_draws(
     comfy_server: ComfyServer, block_graph: Graphs, name: str, node: dict[str, Any]
 ):
     ours, theirs = picture(comfy_server, block_graph(name, **node)), picture(comfy_server, block_graph("stock_flux"))
     assert np.abs(ours - theirs).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [{"sampler_name": "dpmpp_2m", "scheduler": "karras"}, {"sampler_name": "euler_ancestral"}, {"denoise": 0.6}],
+    ids=["dpmpp_2m", "euler_ancestral", "img2img"],
+)
+def test_parastep_ksampler_takes_the_place_of_ksampler(
+    comfy_server: ComfyServer, block_graph: Graphs, inputs: dict[str, Any]
+):
+    pictures = []
+    for node in (None, {"lanes": 1}, {"lanes": 2}):
+        made = block_graph("parastep_ksampler", **node) if node else block_graph("stock_flux")
+        made["sample"]["inputs"] |= inputs
+        if "denoise" in inputs:
+            made["drawn"] = block_graph("stock_flux", seed=17)["sample"]
+            made["sample"]["inputs"]["latent_image"] = ["drawn", 0]
+        pictures.append(picture(comfy_server, made))
+    theirs, exact, ours = pictures
+    assert np.abs(exact - theirs).max() <= 1
+    assert 20 < psnr(ours, theirs) < 99
+
+
+def test_parastep_sampler_takes_a_sampler_with_settings_of_its_own(comfy_server: ComfyServer, block_graph: Graphs):
+    own = {"class_type": "SamplerEulerAncestral", "inputs": {"eta": 0.5, "s_noise": 1.0}}
+    stock = {**block_graph("stock_flux_custom"), "sampler": own}
+    wrapped = {**block_graph("parastep_sampler", sampler=["own", 0], lanes=1), "own": own}
+    assert np.abs(picture(comfy_server, stock) - picture(comfy_server, wrapped)).max() <= 1
+
+
+def test_a_sampler_that_is_no_sequence_of_steps_is_refused_by_name(comfy_server: ComfyServer, block_graph: Graphs):
+    graph = block_graph("parastep_sampler", sampler=["own", 0])
+    graph["own"] = {"class_type": "SamplerARVideo", "inputs": {"num_frame_per_block": 1}}
+    with pytest.raises(PromptError, match=r"node sampler .*sample_ar_video cannot run in parallel"):
+        comfy_server.run(graph)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -139,7 +175,8 @@ def test_a_rank_killed_in_a_prompt_fails_it_by_name_and_the_next_works(comfy_ser
         ("async_unet_split", {"devices": "cuda:99"}, "node split .*there is no GPU 99"),
         ("async_unet_split", {"components": 3}, "node split .*3 ranks need 3 devices"),
         ("parastep_sampler", {"devices": "a GPU"}, "node sampler .*'a GPU' is not a device"),
-        ("parastep_sampler", {"base_sampler": "heun"}, "node sampler .*cannot run 'heun' in parallel"),
+        ("parastep_sampler", {"drift_bound": 2.0}, "node sampler .*bigger than max"),
+        ("parastep_ksampler", {"devices": "cuda:99"}, "node sample .*there is no GPU 99"),
     ],
 )
 def test_a_mistake_is_explained_on_the_node_before_sampling(
@@ -153,7 +190,8 @@ def test_a_mistake_is_explained_on_the_node_before_sampling(
 def test_a_single_device_is_comfyui_alone(comfy_server: ComfyServer, block_graph: Graphs, name: str):
     before = ranks(comfy_server)
     seed = 14 + len(name)  # a picture that nobody has drawn yet
-    ours = picture(comfy_server, block_graph(name, seed=seed, devices="cpu"))
+    lanes = {} if name == "async_unet_split" else {"lanes": 0}
+    ours = picture(comfy_server, block_graph(name, seed=seed, devices="cpu", **lanes))
     np.testing.assert_array_equal(ours, picture(comfy_server, block_graph("stock_flux", seed=seed)))
     assert ranks(comfy_server) == before
 

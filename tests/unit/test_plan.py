@@ -106,20 +106,6 @@ def test_a_bound_of_ones_own_replaces_that_of_the_fidelity():
 
 
 @pytest.mark.parametrize(
-    ("plan", "steps", "conditionings", "said"),
-    [
-        (LanesPlan(("cpu",) * 2, 2, 3), 20, 1, "at most 1.67x"),
-        (LanesPlan(("cpu",) * 2, 2, 2), 5, 1, "not worth it"),
-        (LanesPlan(("cpu",) * 2), 20, 2, "2.00x with 20 steps on 2 devices, 1 at once (exact)"),
-        (LanesPlan(("cpu",), 4), 20, 2, "as one batch on one device"),
-        (LanesPlan(("cpu",) * 2, 1), 20, 1, "nothing to spread"),
-    ],
-)
-def test_the_speed_is_told_before(plan: LanesPlan, steps: int, conditionings: int, said: str):
-    assert said in plan.promise(steps, conditionings)
-
-
-@pytest.mark.parametrize(
     ("components", "cfg_lanes", "guided", "fits", "lanes"),
     [
         (0, "auto", True, True, [[0, 1], [2, 3]]),

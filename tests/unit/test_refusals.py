@@ -215,6 +215,4 @@ def test_a_single_device_lets_the_model_pass(model: Any, caplog: pytest.LogCaptu
 def test_a_single_device_and_lane_is_the_base_sampler(caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "leapfrog")
     assert type(parastep(0, ranks=1, base="ddim")) is comfy.samplers.KSAMPLER
-    assert [record.message for record in caplog.records] == [
-        "Leapfrog: one device (cpu), so ParaStep is plain sample_euler."
-    ]
+    assert [record.message for record in caplog.records] == ["Leapfrog: one device (cpu), so ParaStep is plain euler."]
