@@ -95,7 +95,7 @@ def test_a_workflow_runs_from_the_page(page: ComfyPage, comfy_server: ComfyServe
 def test_a_node_says_what_to_expect_and_then_what_it_took(page: ComfyPage, workflow: str):
     skip_without_models()
     page.open_template(workflow)
-    page.change(seed=20, noise_seed=20)  # or ComfyUI would show the picture that it has
+    page.change(seed=20, noise_seed=20, lanes=2)  # or ComfyUI would show the picture that it has
     page.listen()
     page.set("Comfy.Execution.PreviewMethod", "latent2rgb")  # without, ComfyUI announces ten steps a second at most
     try:
