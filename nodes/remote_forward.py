@@ -24,6 +24,9 @@ Remote = SplitDenoiser | LanesDenoiser
 # Options that only the host's own code reads, and those that travel in a form of their own.
 STAYS = {"wrappers", "callbacks", "uuids", "prefetch_dynamic_vbars", "context_window", "multigpu_clones", "easycache"}
 STAYS |= set(ENTRIES)
+# Denoisers that use the largest timestep of a batch for all its rows, or halves of it as the two conditionings. (That
+# of MeanFlow, which looks for the next timestep after its first row's, is known by its `time_r_in`.)
+OF_ONE_SIGMA = ("LTXAVModel", "NaDiT")
 # ComfyUI's own modules whose functions change the shapes inside the denoiser from one step to the next.
 RESHAPING = ("comfy_extras.nodes_model_downscale",)
 
@@ -82,7 +85,8 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     try:
         if isinstance(denoiser, LanesDenoiser):
             tree = (args, {**kwargs, "transformer_options": per_row(going, _rows(x))})
-            pending = denoiser.submit(tree, x, int(kwargs.get("num_video_frames", 1)), patches, tick)
+            alone = of_one_sigma(patcher.model.diffusion_model, going)
+            pending = denoiser.submit(tree, x, int(kwargs.get("num_video_frames", 1)), patches, tick, alone)
         else:
             tree = (args, {**kwargs, "transformer_options": going})
             stale = denoiser.plan.mode == "asyncdiff"
@@ -114,6 +118,12 @@ def per_row(options: dict[str, Any], rows: int) -> dict[str, Any]:
     if isinstance(sigmas, torch.Tensor) and sigmas.numel() and rows % sigmas.numel() == 0:
         options = {**options, "sigmas": sigmas.repeat(rows // sigmas.numel())}
     return options
+
+
+def of_one_sigma(dm: torch.nn.Module, options: dict[str, Any]) -> bool:
+    """Whether all rows of a call must have the same sigma: something in the denoiser reads it off one of them."""
+    inside = options.get("inside_patches", {}).get("reads", ())
+    return type(dm).__name__ in OF_ONE_SIGMA or getattr(dm, "time_r_in", None) is not None or "sigmas" in inside
 
 
 def _stream(patcher: comfy.model_patcher.ModelPatcher, options: dict[str, Any], x: torch.Tensor) -> tuple:

@@ -6,8 +6,8 @@ The life of one denoise step, which is also the reading order:
 1.  ``nodes/`` hands the arguments of ``diffusion_model.forward`` to a :class:`SplitDenoiser` or :class:`LanesDenoiser`
     (``denoiser.py``), made from a frozen plan (``plan.py``) and a recipe.
 2.  Where the denoiser is to be cut, the ranks watch it run (``worker/models/trace.py``), ``units.py`` says what a unit
-    is and ``cutting.py`` where to cut. The schedule (``schedules/``, pure functions) says whether an evaluation is exact
-    or asynchronous, or which rows go to which rank (``batching.py``).
+    is and ``cutting.py`` where to cut. The schedule (``schedules/``, pure functions) says whether an evaluation is
+    exact or asynchronous, or which rows go to which rank (``batching.py``).
 3.  The tensors are written to shared memory (``tensors.py``) and one typed message (``protocol.py``) goes down each
     rank's channel (``channel.py``).
 4.  The pool (``supervisor.py``) waits for the replies under a deadline, notices ranks that die, and lets the caller

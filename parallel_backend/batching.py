@@ -17,11 +17,15 @@ WHOLE = frozenset(("inside_patches", "sample_sigmas"))
 
 @dataclass
 class Rows:
-    """The tree (args, kwargs) of a denoiser call with ``count`` rows, which stay together in groups of ``group``."""
+    """The tree (args, kwargs) of a denoiser call with ``count`` rows, which stay together in groups of ``group``.
+
+    ``alone``: something in the denoiser looks at one row for all, so that rows of another call must not be among them.
+    """
 
     inputs: Any
     count: int
     group: int = 1
+    alone: bool = False
 
     @property
     def chunks(self) -> list[int]:
@@ -40,7 +44,7 @@ def batched(calls: Sequence[Rows]) -> list[tuple[Rows, list[int]]]:
         spread = _spread(spec, [tuple(tensor.shape) for tensor in tensors], call)
         for members, first, its_spec, its_tensors, its_spread in found:
             like = spec == its_spec and spread == its_spread and (call.count, call.group) == (first.count, first.group)
-            if like and all(map(_alike, tensors, its_tensors, spread)):
+            if like and not call.alone and all(map(_alike, tensors, its_tensors, spread)):
                 members.append(number)
                 break
         else:

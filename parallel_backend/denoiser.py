@@ -493,8 +493,12 @@ class LanesDenoiser(RemoteDenoiser):
         self._unsent.clear()
         self._run = time.monotonic_ns()
 
-    def submit(self, inputs: Any, x: Any, group: int, patches: Patches, tick: Tick) -> LaneEvaluation:
+    def submit(
+        self, inputs: Any, x: Any, group: int, patches: Patches, tick: Tick, alone: bool = False
+    ) -> LaneEvaluation:
         """Take in an evaluation of the denoiser at ``x`` of ``[rows, ...]``; rows stay together in groups of ``group``.
+
+        ``alone``: not in one batch with other evaluations.
 
         Tensors in ``inputs`` whose first dimension is the number of rows, or of groups, are spread with them; the rest
         goes to all. ``conditionings`` is how many the calls of the run have had, at most.
@@ -502,7 +506,7 @@ class LanesDenoiser(RemoteDenoiser):
         if self._unsent and patches[0] != self._patches[0]:
             self.flush(tick)
         self._patches = patches
-        evaluation = LaneEvaluation(x, Rows(inputs, _first(x).shape[0], group))
+        evaluation = LaneEvaluation(x, Rows(inputs, _first(x).shape[0], group, alone))
         self.conditionings = max(self.conditionings, len(evaluation.rows.chunks))
         self._unsent.append(evaluation)
         return evaluation

@@ -41,13 +41,15 @@ def _vae() -> Any:
     return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / "vae" / "shapes_vae.safetensors")))
 
 
-def pictures(model: Any, steps: int, sampler: str = "euler", cfg: float = 3.0) -> torch.Tensor:
-    """Both captions' pictures ``[2, height, width, 3]`` in 0 to 1."""
+def pictures(model: Any, steps: int, sampler: Any = "euler", cfg: float = 3.0) -> torch.Tensor:
+    """Both captions' pictures ``[2, height, width, 3]`` in 0 to 1. ``sampler`` is a name or a SAMPLER."""
+    if isinstance(sampler, str):
+        sampler = comfy.samplers.sampler_object(sampler)
     start = noise((len(CAPTIONS), 16, 16, 16), 7)
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
     with torch.inference_mode():
         latent = comfy.sample.sample_custom(
-            model, start, cfg, comfy.samplers.sampler_object(sampler), sigmas, *prompts(), torch.zeros_like(start),
+            model, start, cfg, sampler, sigmas, *prompts(), torch.zeros_like(start),
             disable_pbar=True, seed=7,
         )  # fmt: skip
         return _vae().decode(latent).clamp(0, 1)

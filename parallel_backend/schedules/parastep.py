@@ -27,6 +27,8 @@ from .drift import distance
 PREDICTORS = ("linear", "newest", "paper")
 FORGET = 0.5
 """The share of a space's squared error that is carried over from one evaluation to the next."""
+CLEARLY = 0.99
+"""A space's squared error must be smaller than the other's by this factor: often both are the same but for rounding."""
 APART = 0.5
 """Evaluations closer than this many steps tell nothing of the way between them."""
 
@@ -90,7 +92,7 @@ class Predictor:
     @property
     def space(self) -> str:
         """The space in which outputs are carried over now."""
-        return "denoised" if self._errors["denoised"] < self._errors["slope"] else "slope"
+        return "denoised" if self._errors["denoised"] < CLEARLY * self._errors["slope"] else "slope"
 
     def add(self, index: int, at: float, x: torch.Tensor, sigma: float, outputs: Outputs, lane: int) -> None:
         """The fresh ``outputs`` of evaluation ``index``, at latent ``x`` and step ``at``, were given to the sampler."""
