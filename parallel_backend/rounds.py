@@ -156,6 +156,9 @@ class Rounds:
         guard.cut(self._under_way[0].lane)
         self.rejected += len(self._under_way)
         for one in self._under_way:
+            if self._rolling:  # the next one is not to wait for them in front of the pipeline
+                one.evaluation.drop()
+                continue
             question = one.question
             outputs = one.evaluation.finish()
             predictor.reject(one.index, self._at(question), question.x, question.level, outputs, one.lane)
