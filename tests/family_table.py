@@ -66,7 +66,8 @@ def picture(name: str, mode: str, theirs: torch.Tensor, ours: torch.Tensor) -> N
 
 
 def _drawn(reference: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-    """``[height, width, 3]`` in 0..1, scaled as the reference needs it; sound is drawn channels by time."""
+    """``[height, width, 3]`` in 0..1, scaled as the reference needs it; sound is drawn channels by time. The
+    first 256 of each."""
 
     def flat(x: torch.Tensor) -> torch.Tensor:
         x = x[0].float()
@@ -74,7 +75,7 @@ def _drawn(reference: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
             x = x[:, 0]
         if x.ndim < 3:
             x = x.reshape(1, -1, x.shape[-1])
-        return x[[0, 1 % len(x), 2 % len(x)]]
+        return x[[0, 1 % len(x), 2 % len(x)], :256, :256]
 
     scale = flat(reference).abs().max().clamp_min(1e-6)
     return (flat(latent) / scale / 2 + 0.5).clamp(0, 1).permute(1, 2, 0)
