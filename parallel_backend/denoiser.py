@@ -226,6 +226,8 @@ class SplitDenoiser(RemoteDenoiser):
 
     def end_run(self) -> None:
         self._forget_streams()
+        if self.plan.mode in STALE_MODES and self.report and "async" not in self.report.calls.values():
+            self.note("no step was asynchronous: set fewer warmup_steps, or where they are automatic a larger drift_bound")
         super().end_run()
 
     @property
@@ -538,7 +540,7 @@ class LanesDenoiser(RemoteDenoiser):
             share = rows_of(payload, with_chunks(rows.inputs, own), rows, begin, end)
             messages[rank] = Evaluate(inputs=share, out=out + at * room, out_size=room, run=self._run)
         sent_at = time.perf_counter()
-        call = self._submit(pool, messages, payload, f"of {len(members)}" if len(members) > 1 else "single", tick)
+        call = self._submit(pool, messages, payload, f"round of {len(members)}" if len(members) > 1 else "single", tick)
         batch = _Batch(
             call, torch.Size((rows.count, *_first(members[0].x).shape[1:])), sent_at, shares, len(members), {}
         )

@@ -39,6 +39,7 @@ CAPTIONS = (  # none of them was in the training set
     "a large yellow cross on the right",
 )
 BLUE, ORANGE, RED, GREEN = "#4c78a8", "#f58518", "#e45756", "#54a24b"
+SHOWN = {"single": "one step", "round": "a round of steps"}
 COLOURS = {"exact": BLUE, "ahead": ORANGE, "async": RED, "one step": BLUE, "a round of steps": GREEN}
 
 
@@ -161,12 +162,9 @@ def timeline(ax: plt.Axes, mode: Mode) -> None:
     assert mode.trace
     spans = [event for event in mode.trace["traceEvents"] if event["ph"] == "X"]
     begin = min(span["ts"] for span in spans)
-    most = max(int(span["name"].split()[0]) if "rows" in span["name"] else 0 for span in spans)
     used = {}
     for span in spans:
-        kind = span["name"]
-        if "rows" in kind:
-            kind = "a round of steps" if int(kind.split()[0]) == most else "one step"
+        kind = SHOWN.get(span["name"].split()[0], span["name"])
         used[kind] = COLOURS[kind]
         start, length = (span["ts"] - begin) / 1e3, span["dur"] / 1e3
         waited = span["args"]["waited_ms"]

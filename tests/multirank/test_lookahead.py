@@ -79,6 +79,7 @@ def test_an_automatic_warm_up_ends_by_itself(caplog: pytest.LogCaptureFixture):
     assert "exact" in kinds(caplog)
     assert "async" in kinds(caplog)
     assert fidelity(mode="asyncdiff", warmup=0, drift_bound=1e-6) > 100, "the states never hold that still"
+    assert any("no step was asynchronous" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddim", "uni_pc", "deis", "res_multistep", "lms", "ipndm", "ddpm"])
