@@ -227,7 +227,7 @@ class SplitDenoiser(RemoteDenoiser):
     def end_run(self) -> None:
         self._forget_streams()
         if self.plan.mode in STALE_MODES and self.report and "async" not in self.report.calls.values():
-            self.note("no step was asynchronous: set fewer warmup_steps, or where they are automatic a larger drift_bound")
+            self.note("no step was asynchronous: take fewer warmup_steps, or a larger drift_bound")
         super().end_run()
 
     @property
