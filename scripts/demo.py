@@ -164,7 +164,8 @@ def timeline(ax: plt.Axes, mode: Mode) -> None:
     begin = min(span["ts"] for span in spans)
     used = {}
     for span in spans:
-        kind = SHOWN.get(span["name"].split()[0], span["name"])
+        name = str(span["name"])
+        kind = SHOWN.get(name.split()[0], name)
         used[kind] = COLOURS[kind]
         start, length = (span["ts"] - begin) / 1e3, span["dur"] / 1e3
         waited = span["args"]["waited_ms"]
