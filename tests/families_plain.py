@@ -189,7 +189,6 @@ PLAIN = [
             timestep_features_type="learned", io_channels=64, input_concat_dim=0, depth=4,
         ),
         latent=(64, 32), context=768, lists=("transformer.layers",), dtype=torch.float16, checkpoint=True,
-        computed=("transformer.rotary_pos_emb.inv_freq",),
     ),
     Family(
         "joyimage", "JoyImage",

@@ -58,7 +58,7 @@ class Family:
     attributes that hold the transformer blocks, in the order in which the forward reaches them; other lists in a
     denoiser prepare its inputs.
 
-    The file's weights have ``dtype`` and are random, except the ``computed`` ones. ``stated`` entries become its
+    The file's weights have ``dtype`` and are random. ``stated`` entries become its
     "config" metadata; ``narrowed`` are the entries that detection cannot see, ``detected`` what it would have found at
     full size. A ``checkpoint`` is for Load Checkpoint instead of Load Diffusion Model.
     """
@@ -81,7 +81,6 @@ class Family:
     dtype: torch.dtype = torch.float32
     large: bool = False
     checkpoint: bool = False
-    computed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -113,7 +112,6 @@ def path(family: Family) -> Path:
     def make() -> Weights:
         model = build(family)
         weights = seeded(model, zlib.crc32(family.loaded_as.encode()))
-        weights |= {k: model.get_buffer(k) for k in family.computed}
         weights = {k: v.to(family.dtype) for k, v in weights.items()}
         if family.checkpoint:
             weights = {f"model.model.{k}": v for k, v in weights.items()} | _conditioner(family)

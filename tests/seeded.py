@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from pack import BUILD
 
 FOLDER = BUILD / "test-models"
-VERSION = 1
+VERSION = 2
 
 Weights = Mapping[str, torch.Tensor]
 
