@@ -523,7 +523,10 @@ class LanesDenoiser(RemoteDenoiser):
             assert self.report
             each_alone = [[rank] for rank in range(len(self.devices))]
             self.report.loaded = self._load(pool, None, each_alone, self._patches, tick)
-            calls = batched([one.rows for one in waiting])
+            try:
+                calls = batched([one.rows for one in waiting])
+            except TypeError as error:
+                raise LeapfrogError.of("unsupported_patch", f"{error}.") from None
             shares = row_shares([(rows.count, rows.group) for rows, _ in calls], len(self.devices))
             for (rows, members), share in zip(calls, shares, strict=True):
                 self._send(pool, rows, share, [waiting[number] for number in members], tick)
