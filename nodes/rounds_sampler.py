@@ -44,14 +44,14 @@ class RoundsSampler(AheadSampler):
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model
         self._denoiser = denoiser = self._denoiser_for(guider.model_patcher)
-        args = {**(extra_args or {})}
+        args = extra_args or {}
         through = _through(args.get("model_options", {}), weightless(guider.inner_model, denoiser), guider)
         denoiser.begin_run()
         self._notes.clear()
         try:
             result = super()._sample(model, x, sigmas, {**args, "model_options": through}, callback, disable, **options)
             assert self.last_run
-            self._tell("ParaStep: " + "; ".join([*self.last_run.lines(), *self._notes]))
+            self._tell("ParaStep: " + "; ".join([self.last_run.summary(), *self._notes]))
             return result
         finally:
             denoiser.end_run()

@@ -38,18 +38,42 @@ def batched(calls: Sequence[Rows]) -> list[tuple[Rows, list[int]]]:
 
     Calls are put together where they differ in nothing but the values of tensors that have rows.
     """
-    found: list[tuple[list[int], Rows, Any, list[torch.Tensor], list[bool]]] = []
+    found: list[_Alike] = []
     for number, call in enumerate(calls):
         spec, tensors = flatten(call.inputs, "denoiser input")
-        spread = _spread(spec, [tuple(tensor.shape) for tensor in tensors], call)
-        for members, first, its_spec, its_tensors, its_spread in found:
-            like = spec == its_spec and spread == its_spread and (call.count, call.group) == (first.count, first.group)
-            if like and not call.alone and all(map(_alike, tensors, its_tensors, spread)):
-                members.append(number)
-                break
+        new = _Alike(call, spec, _spread(spec, [tuple(tensor.shape) for tensor in tensors], call), [number], [tensors])
+        there = None if call.alone else next((one for one in found if one.takes(new)), None)
+        if there is None:
+            found.append(new)
         else:
-            found.append(([number], call, spec, tensors, spread))
-    return [(_together([calls[i] for i in members], spread), members) for members, *_, spread in found]
+            there.members += new.members
+            there.tensors += new.tensors
+    return [(one.together(), one.members) for one in found]
+
+
+@dataclass
+class _Alike:
+    """Calls that can be one: the ``first``, its spec and which of its tensors have rows; all members' tensors."""
+
+    first: Rows
+    spec: Any
+    spread: list[bool]
+    members: list[int]
+    tensors: list[list[torch.Tensor]]
+
+    def takes(self, other: _Alike) -> bool:
+        sizes = (self.first.count, self.first.group), (other.first.count, other.first.group)
+        like = self.spec == other.spec and self.spread == other.spread and sizes[0] == sizes[1]
+        return like and all(map(_same_but_for_rows, self.tensors[0], other.tensors[0], self.spread))
+
+    def together(self) -> Rows:
+        calls = len(self.members)
+        if calls == 1:
+            return self.first
+        columns = zip(zip(*self.tensors, strict=True), self.spread, strict=True)
+        merged = [torch.cat(column) if has_rows else column[0] for column, has_rows in columns]
+        inputs = with_chunks(unflatten(self.spec, merged), self.first.chunks * calls)
+        return Rows(inputs, self.first.count * calls, self.first.group)
 
 
 def _spread(spec: Any, shapes: Sequence[tuple[int, ...]], call: Rows) -> list[bool]:
@@ -59,19 +83,9 @@ def _spread(spec: Any, shapes: Sequence[tuple[int, ...]], call: Rows) -> list[bo
     return [bool(shape) and shape[0] in counts and i not in whole for i, shape in enumerate(shapes)]
 
 
-def _alike(tensor: torch.Tensor, other: torch.Tensor, spread: bool) -> bool:
+def _same_but_for_rows(tensor: torch.Tensor, other: torch.Tensor, spread: bool) -> bool:
     same = (tensor.shape, tensor.dtype, tensor.device) == (other.shape, other.dtype, other.device)
     return same and (spread or tensor is other or torch.equal(tensor, other))
-
-
-def _together(calls: Sequence[Rows], spread: Sequence[bool]) -> Rows:
-    first = calls[0]
-    if len(calls) == 1:
-        return first
-    columns = zip(*(flatten(call.inputs)[1] for call in calls), strict=True)
-    merged = [torch.cat(column) if has_rows else column[0] for column, has_rows in zip(columns, spread, strict=True)]
-    inputs = with_chunks(unflatten(flatten(first.inputs)[0], merged), first.chunks * len(calls))
-    return Rows(inputs, first.count * len(calls), first.group)
 
 
 def rows_of(payload: Payload, inputs: Any, call: Rows, begin: int, end: int) -> Payload:

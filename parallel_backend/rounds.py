@@ -39,7 +39,7 @@ class Scout(Protocol):
     """A copy of the sampler. ``question`` is what it waits for, None at its end; ``answered`` counts what is behind."""
 
     @property
-    def question(self) -> Any: ...
+    def question(self) -> Question | None: ...
     @property
     def answered(self) -> int: ...
     def answer(self, outputs: Outputs) -> None: ...
@@ -50,7 +50,7 @@ class Scout(Protocol):
 class _UnderWay:
     index: int
     lane: int
-    question: Any
+    question: Question
     evaluation: Any
 
 
@@ -98,12 +98,12 @@ class Rounds:
     def asked(self) -> int:
         return len(self._answers)
 
-    def lines(self) -> list[str]:
+    def summary(self) -> str:
         """What a user should know of a run that has ended."""
         wasted = f", {self.rejected} more rejected" if self.rejected else ""
-        return [f"{self.asked} evaluations in {self.count} rounds{wasted}"]
+        return f"{self.asked} evaluations in {self.count} rounds{wasted}"
 
-    def ask(self, question: Any) -> Outputs:
+    def ask(self, question: Question) -> Outputs:
         """The fresh outputs for what the true sampler asks next."""
         index = len(self._answers)
         if self._schedule:
@@ -121,7 +121,7 @@ class Rounds:
             self._scout.drop()
             self._scout = None
 
-    def _alone(self, index: int, question: Any) -> Outputs:
+    def _alone(self, index: int, question: Question) -> Outputs:
         self.count += 1
         outputs = self._evaluate(question)
         if index == 0:
@@ -131,7 +131,7 @@ class Rounds:
                 self._schedule[1].add(0, self._at(question), question.x, question.level, outputs, 0)
         return outputs
 
-    def _in_rounds(self, index: int, question: Any, guard: Guard, predictor: Predictor) -> Outputs:
+    def _in_rounds(self, index: int, question: Question, guard: Guard, predictor: Predictor) -> Outputs:
         if self._spare and self._spare.index == index:
             guard.spare(self._spare.lane, self._spare.question.x, question.x)
         if self._under_way and not self._accepts(self._under_way[0].question, question, guard):
@@ -149,7 +149,7 @@ class Rounds:
         return outputs
 
     @staticmethod
-    def _accepts(there: Any, here: Any, guard: Guard) -> bool:
+    def _accepts(there: Question, here: Question, guard: Guard) -> bool:
         return abs(there.level - here.level) <= 1e-6 * max(1.0, here.level) and guard.accepts(there.x, here.x)
 
     def _reject(self, guard: Guard, predictor: Predictor) -> None:
@@ -161,10 +161,10 @@ class Rounds:
                 continue
             question = one.question
             outputs = one.evaluation.finish()
-            predictor.reject(one.index, self._at(question), question.x, question.level, outputs, one.lane)
+            predictor.reject(one.index, self._at(question), question.x, question.level, outputs)
         self._under_way.clear()
 
-    def _start_more(self, index: int, question: Any, guard: Guard, predictor: Predictor) -> None:
+    def _start_more(self, index: int, question: Question, guard: Guard, predictor: Predictor) -> None:
         wanted = [question]
         self._spare = None
         if self._scout_waits_at(index, question):
@@ -180,7 +180,7 @@ class Rounds:
             with suppress(Exception):  # happens again, and is told, when it is needed
                 self._send_scout()
 
-    def _predicted(self, index: int, question: Any, length: int, predictor: Predictor) -> list[Any]:
+    def _predicted(self, index: int, question: Question, length: int, predictor: Predictor) -> list[Any]:
         """Where the ``length`` evaluations after this one will be, the last of which is for comparison only.
 
         There are fewer before a change of conditioning, behind which nothing is foreseen, and at the end of the run:
@@ -195,13 +195,14 @@ class Rounds:
                 self._scout.answer(predictor.guess(index + lane, self._at(question), question.x, question.level, lane))
             except Exception:  # a prediction that the sampler cannot work with
                 return [*found, None]
-            question = self._scout.question
-            if question is None:
+            there = self._scout.question
+            if there is None:
                 return [*found[:-1], None]
+            question = there
             found.append(_UnderWay(index + lane + 1, lane + 1, question, None))
         return found
 
-    def _scout_waits_at(self, index: int, question: Any) -> bool:
+    def _scout_waits_at(self, index: int, question: Question) -> bool:
         """Whether a scout, answered as the true sampler was, asks just what that asks."""
         why = f"the sampler does not repeat itself (at evaluation {index})"
         try:
@@ -225,5 +226,5 @@ class Rounds:
         self._scout = self._new_scout(self._answers)
         return self._scout
 
-    def _at(self, question: Any) -> float:
+    def _at(self, question: Question) -> float:
         return position(question.level, self._sigmas)

@@ -67,7 +67,6 @@ class _Known:
     at: float
     slopes: Outputs
     denoised: Outputs
-    lane: int
 
     def of(self, space: str) -> Outputs:
         return self.slopes if space == "slope" else self.denoised
@@ -96,7 +95,7 @@ class Predictor:
 
     def add(self, index: int, at: float, x: torch.Tensor, sigma: float, outputs: Outputs, lane: int) -> None:
         """The fresh ``outputs`` of evaluation ``index``, at latent ``x`` and step ``at``, were given to the sampler."""
-        new = self._entry(at, x, sigma, outputs, lane)
+        new = self._entry(at, x, sigma, outputs)
         self._rejected = {i: one for i, one in self._rejected.items() if i > index}
         if self.kind == "linear" and self._known:
             for space in self._errors:
@@ -107,9 +106,9 @@ class Predictor:
         for old in [i for i, one in self._known.items() if one.at < at - self.spacing - 2 * APART or i < index - 8]:
             del self._known[old]
 
-    def reject(self, index: int, at: float, x: torch.Tensor, sigma: float, outputs: Outputs, lane: int) -> None:
+    def reject(self, index: int, at: float, x: torch.Tensor, sigma: float, outputs: Outputs) -> None:
         """The outputs of evaluation ``index``, at a latent that drifted too far, are good enough for a prediction."""
-        self._rejected[index] = self._entry(at, x, sigma, outputs, lane)
+        self._rejected[index] = self._entry(at, x, sigma, outputs)
 
     def forget(self) -> None:
         """What was known tells nothing of what comes."""
@@ -146,8 +145,8 @@ class Predictor:
         return tuple(torch.lerp(new, old, -share) for new, old in pairs)
 
     @staticmethod
-    def _entry(at: float, x: torch.Tensor, sigma: float, outputs: Outputs, lane: int) -> _Known:
-        return _Known(at, tuple(slope(x, denoised, sigma) for denoised in outputs), outputs, lane)
+    def _entry(at: float, x: torch.Tensor, sigma: float, outputs: Outputs) -> _Known:
+        return _Known(at, tuple(slope(x, denoised, sigma) for denoised in outputs), outputs)
 
 
 def carried(slopes: Outputs, x: torch.Tensor, sigma: float) -> Outputs:

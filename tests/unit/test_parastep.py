@@ -74,7 +74,7 @@ def test_a_rejected_output_is_the_prediction_for_its_evaluation_until_the_fresh_
     for step in range(3):
         tell(predictor, step, latent(500) + step * latent(501))
     x = latent(3)
-    predictor.reject(3, 3, x, SIGMA, (x - SIGMA * latent(99),), 1)
+    predictor.reject(3, 3, x, SIGMA, (x - SIGMA * latent(99),))
     torch.testing.assert_close(guessed_slope(predictor, 3), latent(99))
     tell(predictor, 3, latent(500) + 3 * latent(501))
     torch.testing.assert_close(guessed_slope(predictor, 4), latent(500) + 4 * latent(501))
