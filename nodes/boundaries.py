@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 
-def conditioning_at(conds: Mapping[str, Sequence[Mapping[str, Any]]], sigma: float) -> tuple[bool, ...]:
-    """Which of the prompts and ControlNets of ``conds`` are active at this sigma."""
-    found = []
+
+def conditioning_at(conds: Mapping[str, Sequence[Mapping[str, Any]]], sigma: float) -> tuple[int, ...]:
+    """Which of the prompts and ControlNets of ``conds`` are active at this sigma, and how many keyframes of their hooks
+    have begun."""
+    found: list[int] = []
+    now = torch.tensor(sigma)  # ComfyUI compares in the precision of its sigmas
     for cond in (one for several in conds.values() for one in several or ()):
-        found.append(cond.get("timestep_end", sigma) <= sigma <= cond.get("timestep_start", sigma))
+        found.append(bool(cond.get("timestep_end", now) <= now <= cond.get("timestep_start", now)))
         control = cond.get("control")
         while control is not None:
             if control.timestep_range is not None:
                 start, end = control.timestep_range
-                found.append(end <= sigma <= start)
+                found.append(bool(end <= now <= start))
             control = control.previous_controlnet
+        hooks = cond.get("hooks")
+        for hook in hooks.hooks if hooks else ():
+            found.append(sum(bool(frame.start_t >= now) for frame in hook.hook_keyframe.keyframes))
     return tuple(found)

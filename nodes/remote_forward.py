@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import comfy.hooks
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -60,14 +59,6 @@ def refuse_inside(options: dict[str, Any], denoiser: Remote) -> None:
         )
 
 
-def refuse_hooks(hooks: comfy.hooks.HookGroup | None) -> None:
-    """Raises LeapfrogError unsupported_patch where a conditioning changes the weights."""
-    if hooks is not None and hooks.get_type(comfy.hooks.EnumHookType.Weight):
-        raise LeapfrogError.of(
-            "unsupported_patch", "A conditioning carries weight hooks, which ParaStep Sampler cannot apply."
-        )
-
-
 def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: tuple, kwargs: dict) -> Any:
     """One call of the denoiser in the ranks; returns on the device of its first argument.
 
@@ -78,8 +69,6 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     going = travelling_options(options)
     refuse_inside(going, denoiser)
     tick = comfy.model_management.throw_exception_if_processing_interrupted
-    if isinstance(denoiser, LanesDenoiser):
-        refuse_hooks(patcher.current_hooks)
     patches = patches_of(patcher)
     pending: Any
     try:

@@ -183,14 +183,14 @@ class Rounds:
     def _predicted(self, index: int, question: Question, length: int, predictor: Predictor) -> list[Any]:
         """Where the ``length`` evaluations after this one will be, the last of which is for comparison only.
 
-        There are fewer before a change of conditioning, behind which nothing is foreseen, and at the end of the run:
-        the very last evaluation is not among them, because ending on a predicted latent costs up to 15 dB.
+        There are fewer before a change of conditioning, which none crosses, and at the end of the run: the very last
+        evaluation is not among them, because ending on a predicted latent costs up to 15 dB.
         """
         assert self._scout
         found: list[Any] = []
         for lane in range(length):
             if self._section_of(question.level) != self._section:
-                return [*found, None]
+                return [*found[:-1], None]
             try:
                 self._scout.answer(predictor.guess(index + lane, self._at(question), question.x, question.level, lane))
             except Exception:  # a prediction that the sampler cannot work with

@@ -16,9 +16,10 @@ from generation import Conditioning, Request, distance, generate, prompt
 from leapfrog.nodes import remote_forward
 from leapfrog.nodes.recipe import patches_of, recipe_of
 from leapfrog.parallel_backend.worker.models.loader import build, decode_patches, place_weights
-from ranks import EXACT, load, reference, split, with_lora
+from ranks import EXACT, load, parastep, reference, split, with_lora
 
 REQUEST = Request()
+LONG = Request(steps=10)
 HALFWAY = ((1.0, 0.0), (0.3, 0.5))
 """Keyframes: strength and the share of the run at which it begins."""
 
@@ -65,6 +66,18 @@ def test_hooks_on_the_positive_only(name: str):
     assert distance(theirs, reference(REQUEST)) > 0.1
     assert distance(generate(model, REQUEST, positive=positive), theirs) < EXACT
     assert distance(generate(model, REQUEST), reference(REQUEST)) < EXACT, "the hook outlived its prompt"
+
+
+@pytest.mark.parametrize("name", CONDITIONINGS)
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_hooks_in_rounds(name: str, lanes: int):
+    """With fidelity "exact" every step is evaluated ahead, and again: keyframes must be as if it had not been."""
+    positive = CONDITIONINGS[name]()
+    theirs = generate(load("flux"), LONG, positive=positive)
+    sampler = parastep(lanes, fidelity="exact")
+    assert distance(generate(load("flux"), LONG, sampler, positive=positive), theirs) < EXACT
+    assert lanes == 1 or sampler.last_run.rejected
+    assert distance(generate(load("flux"), LONG, sampler), reference(LONG)) < EXACT, "the hook outlived its prompt"
 
 
 def test_every_keyframe_counts():

@@ -17,7 +17,6 @@ import torch
 from comfy.k_diffusion import sampling
 from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from comfy_extras.nodes_model_merging import ModelMergeSimple
-from safetensors.torch import load_file
 
 import tiny_models
 from generation import Request, generate, prompt
@@ -180,18 +179,11 @@ def test_another_attention(model: Any, run: Any):
         run(model)
 
 
-def test_weight_hooks_on_a_conditioning_in_rounds(model: Any):
-    lora = load_file(tiny_models.tiny_lora())
-    hooked = comfy.hooks.set_hooks_for_conditioning(prompt(1), comfy.hooks.create_hook_lora(lora, 1.0, 0.0))
-    with Refused("unsupported_patch", "weight hooks, which ParaStep Sampler cannot apply"):
-        generate(model, Request(), parastep(2), positive=hooked)
-
-
-def test_a_whole_model_as_a_hook(model: Any):
+def test_a_whole_model_as_a_hook(model: Any, run: Any):
     whole = comfy.hooks.get_patch_weights_from_model(load("flux"))
     hook = comfy.hooks.create_hook_model_as_lora(whole, None, 0.5, 0.0)
     with Refused("unsupported_patch", "Create Hook Model as LoRA"):
-        generate(split(model), Request(), positive=comfy.hooks.set_hooks_for_conditioning(prompt(1), hook))
+        run(model, positive=comfy.hooks.set_hooks_for_conditioning(prompt(1), hook))
 
 
 def test_a_split_split_again(model: Any):

@@ -257,17 +257,15 @@ def test_a_sampler_that_fails_on_predictions_goes_step_by_step():
     assert "no second run" in ours.notes[0]
 
 
-def test_nothing_is_foreseen_beyond_a_change_of_conditioning():
+def test_no_round_crosses_a_change_of_conditioning():
     changes = SIGMAS[6].item()
     ours = Run("euler", lanes=4, section=lambda level: level > changes, warmup=2)
     first = 0
     for length in ours.lengths:
         sections = [one.question.level > changes for one in ours.evaluated[first : first + length]]
-        assert not any(sections[1:-1]) or all(sections[:-1]), "only the last of a round may be in a new section"
+        assert len(set(sections)) == 1
         first += length
-    beyond = next(i for i, one in enumerate(ours.evaluated) if one.question.level <= changes)
-    ends = [sum(ours.lengths[: i + 1]) for i in range(len(ours.lengths))]
-    assert beyond + 1 in ends
+    assert max(ours.lengths) > 1
 
 
 def test_no_thread_outlives_a_run():
