@@ -15,13 +15,14 @@ import comfy.samplers
 import torch
 
 from ..parallel_backend import LeapfrogError, Rounds
-from .boundaries import conditioning_at
+from .boundaries import conditioning_at, rewind
 from .coroutine import Coroutine, current
 from .scout import NoiseState, Outputs, Question, Scout
 from .shared_noise import with_shared_noise
 
 # What functions that a sampler adds behind the guidance may ask for (the cfg_pp samplers do).
 GUIDED = ("denoised", "cond_denoised", "uncond_denoised")
+SHORT_STEPS = 16
 # Samplers that are no sequence of evaluations of one latent.
 REFUSED = {"sample_ar_video": "makes a video piece by piece, each from the one before"}
 
@@ -78,8 +79,11 @@ class AheadSampler(comfy.samplers.KSAMPLER):
         """Start evaluations of a round from its lane ``first`` on, all of them to run at once."""
         raise NotImplementedError
 
-    def schedule(self, steps: int) -> Any:
-        """The schedule of a run, when its first evaluation is done; None for one evaluation at a time."""
+    def schedule(self, steps: int, short: Callable[[Any], torch.Tensor]) -> Any:
+        """The schedule of a run, when its first evaluation is done; None for one evaluation at a time.
+
+        ``short`` makes a latent in fewer steps, by another schedule, without a trace in this run.
+        """
         raise NotImplementedError
 
     def note(self, text: str) -> None:
@@ -89,23 +93,43 @@ class AheadSampler(comfy.samplers.KSAMPLER):
     @torch.no_grad()
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         """k-diffusion's sampler signature: ``model`` is KSamplerX0Inpaint around the guider, ``x`` ``[batch, ...]``."""
-        guider, extra_args = model.inner_model, extra_args or {}
-        behind = tuple(extra_args.get("model_options", {}).get("sampler_post_cfg_function", ()))
-        evaluate = partial(evaluated, model, behind)
+        extra_args = extra_args or {}
         options = with_shared_noise(self.base.sampler_function, x, sigmas, extra_args.get("seed"), options)
+        run = partial(self._run, model, x, extra_args, options)
 
-        def run(ask: Callable[[Question], Outputs], **how: Any) -> torch.Tensor:
-            asking = Asking(model, ask, behind)
-            return self.base.sampler_function(asking, x.clone(), sigmas, extra_args=dict(extra_args), **how, **options)
+        def short(schedule: Any) -> torch.Tensor:
+            few = sigmas[torch.linspace(0, len(sigmas) - 1, min(len(sigmas), SHORT_STEPS + 1)).round().long()]
+            try:
+                with NoiseState().entered():
+                    return run(few, lambda: schedule, None, True)[0]
+            finally:
+                rewind(model.inner_model.conds)
 
         def schedule() -> Any:
             if "easycache" in extra_args.get("model_options", {}).get("transformer_options", {}):
                 self.note("steps are taken one by one: EasyCache or LazyCache decides from one to the next")
                 return None
-            return self.schedule(len(sigmas) - 1)
+            return self.schedule(len(sigmas) - 1, short)
+
+        result, self.last_run = run(sigmas, schedule, callback, disable)
+        return result
+
+    def _run(
+        self, model: Any, x: torch.Tensor, extra_args: dict[str, Any], options: dict[str, Any], sigmas: torch.Tensor,
+        schedule: Callable[[], Any], callback: Any, disable: Any,
+    ) -> tuple[torch.Tensor, Rounds]:  # fmt: skip
+        guider = model.inner_model
+        behind = tuple(extra_args.get("model_options", {}).get("sampler_post_cfg_function", ()))
+        evaluate = partial(evaluated, model, behind)
+
+        def run(ask: Callable[[Question], Outputs], callback: Any, disable: Any) -> torch.Tensor:
+            asking = Asking(model, ask, behind)
+            return self.base.sampler_function(
+                asking, x.clone(), sigmas, extra_args=dict(extra_args), callback=callback, disable=disable, **options
+            )
 
         noise = NoiseState()
-        self.last_run = rounds = Rounds(
+        rounds = Rounds(
             evaluate,
             lambda questions, first: self.start(guider, [partial(evaluate, one) for one in questions], first),
             lambda answers: Scout(partial(run, callback=lambda info: None, disable=True), noise, answers),
@@ -116,7 +140,7 @@ class AheadSampler(comfy.samplers.KSAMPLER):
             self.rolling,
         )
         try:
-            return run(rounds.ask, callback=callback, disable=disable)
+            return run(rounds.ask, callback, disable), rounds
         finally:
             rounds.close()
 

@@ -21,7 +21,18 @@ def conditioning_at(conds: Mapping[str, Sequence[Mapping[str, Any]]], sigma: flo
                 start, end = control.timestep_range
                 found.append(bool(end <= now <= start))
             control = control.previous_controlnet
-        hooks = cond.get("hooks")
-        for hook in hooks.hooks if hooks else ():
-            found.append(sum(bool(frame.start_t >= now) for frame in hook.hook_keyframe.keyframes))
+        for keyframes in _keyframes(cond):
+            found.append(sum(bool(frame.start_t >= now) for frame in keyframes.keyframes))
     return tuple(found)
+
+
+def rewind(conds: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Let the keyframes of hooks, which ComfyUI only ever moves on, begin again."""
+    for cond in (one for several in conds.values() for one in several or ()):
+        for keyframes in _keyframes(cond):
+            keyframes.reset()
+
+
+def _keyframes(cond: Mapping[str, Any]) -> list[Any]:
+    hooks = cond.get("hooks")
+    return [hook.hook_keyframe for hook in hooks.hooks] if hooks else []

@@ -45,7 +45,7 @@ class LookaheadSampler(AheadSampler):
             self._waves.append(PipelineWave(self._denoiser, self._waves, guider, evaluate, lane > 0))
         return self._waves[-len(work) :]
 
-    def schedule(self, steps: int) -> Any:
+    def schedule(self, steps: int, short: Any) -> Any:
         return self._denoiser.lookahead()
 
     def note(self, text: str) -> None:

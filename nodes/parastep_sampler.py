@@ -66,14 +66,25 @@ OPTIONS = [
         advanced=True,
         tooltip="How far a predicted latent may be from the true one (relative). 0: what the fidelity says.",
     ),
+    io.Boolean.Input(
+        "calibrate",
+        default=False,
+        optional=True,
+        advanced=True,
+        tooltip=(
+            "Fit the fidelity to this model: three short runs, the first time that a model and a sampler come "
+            "together, measure how much the picture changes. The result is kept."
+        ),
+    ),
 ]
 
 
 def plan_of(
-    fidelity: str, lanes: int, devices: str, warmup_steps: int, predictor: str, drift_bound: float
-) -> LanesPlan:
+    fidelity: str, lanes: int, devices: str, warmup_steps: int, predictor: str, drift_bound: float,
+    calibrate: bool = False,
+) -> LanesPlan:  # fmt: skip
     """The plan for these options. Raises LeapfrogError bad_plan."""
-    return LanesPlan.choose(devices, lanes, warmup_steps, predictor, fidelity, drift_bound)
+    return LanesPlan.choose(devices, lanes, warmup_steps, predictor, fidelity, drift_bound, calibrate)
 
 
 class ParaStepSampler(io.ComfyNode):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.samplers
+import folder_paths
 import torch
 
 from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError
@@ -69,11 +71,17 @@ class RoundsSampler(AheadSampler):
             raise
         return group
 
-    def schedule(self, steps: int) -> Any:
-        assert self._denoiser
-        conditionings = self._denoiser.conditionings
-        self._tell(self.plan.promise(steps, conditionings))
-        return self.plan.schedule(conditionings)
+    def schedule(self, steps: int, short: Any) -> Any:
+        denoiser, plan = self._denoiser, self.plan
+        assert denoiser
+        conditionings = denoiser.conditionings
+        if plan.calibrate and plan.lanes_for(conditionings) > 1:
+            name = sampler_name(self.base).removeprefix("sample_")
+            kept = Path(folder_paths.get_user_directory()) / "leapfrog" / "calibration.json"
+            plan = plan.calibrated(kept, denoiser.recipe, name, short, self._tell)
+            self.note(f"drift bound {plan.bound:.2g} for this model")
+        self._tell(plan.promise(steps, conditionings))
+        return plan.schedule(conditionings)
 
     def note(self, text: str) -> None:
         assert self._denoiser

@@ -5,10 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
+from .calibration import USUAL, Calibration, ShortRun
 from .errors import LeapfrogError
+from .protocol import Recipe
 from .schedules.parastep import PREDICTORS, Guard, Predictor, ideal_speedup
 from .units import find_units
 
@@ -190,6 +194,7 @@ class LanesPlan:
     ``lanes`` 0: as many as are left for each when every conditioning of a call has a device of its own. The first
     ``warmup`` evaluations are single. ``bound`` is the relative drift of the latent up to which an evaluation is
     accepted, infinite: all are. ``eager``: all lanes are evaluated in every round, whatever was rejected before.
+    ``calibrate``: the bound is for a model of usual sensitivity, see :meth:`calibrated`.
     """
 
     devices: tuple[str, ...]
@@ -198,6 +203,7 @@ class LanesPlan:
     predictor: str = "linear"
     bound: float = math.inf
     eager: bool = False
+    calibrate: bool = False
 
     FIDELITIES: ClassVar = {
         "exact": (1e-5, True),
@@ -218,11 +224,12 @@ class LanesPlan:
     @classmethod
     def choose(
         cls, devices: str, lanes: int, warmup: int = 0, predictor: str = "linear", fidelity: str = "balanced",
-        bound: float = 0.0,
+        bound: float = 0.0, calibrate: bool = False,
     ) -> LanesPlan:  # fmt: skip
         """The plan for what a user wrote on the node; ``bound`` 0 means that of the ``fidelity``.
 
-        With "auto" no more devices are taken than two for each lane can use.
+        With "auto" no more devices are taken than two for each lane can use. A bound of the user's own is not
+        calibrated, nor are those that no sensitivity would change.
         """
         if fidelity not in cls.FIDELITIES:
             raise LeapfrogError.of("bad_plan", f"fidelity '{fidelity}' is not one of {', '.join(cls.FIDELITIES)}.")
@@ -230,7 +237,19 @@ class LanesPlan:
         if devices.strip().lower() == "auto" and lanes:
             named = named[: 2 * lanes]
         of_fidelity, eager = cls.FIDELITIES[fidelity]
-        return cls(named, lanes, warmup, predictor, bound or of_fidelity, eager)
+        calibrate = calibrate and not bound and not eager and of_fidelity < math.inf
+        return cls(named, lanes, warmup, predictor, bound or of_fidelity, eager, calibrate)
+
+    def calibrated(
+        self, calibration: Path, recipe: Recipe, sampler: str, short: ShortRun, tell: Callable[[str], None]
+    ) -> LanesPlan:
+        """The plan with which this model comes as close to the true picture as one of usual sensitivity.
+
+        Its bound is at most four times as strict, or as generous. Sensitivities are kept in the file ``calibration``;
+        see ``calibration.py`` for the other arguments.
+        """
+        sensitivity = Calibration(calibration).sensitivity(recipe, sampler, short, tell)
+        return replace(self, bound=self.bound * min(4.0, max(0.25, USUAL / sensitivity)), calibrate=False)
 
     def lanes_for(self, conditionings: int) -> int:
         """Lanes of a run whose calls have so many conditionings."""

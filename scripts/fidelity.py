@@ -186,12 +186,12 @@ def split(bench: Bench, mode: Mode, components: int, steps: int, folder: Path) -
     return made, 1.0 if mode.value == "exact" else 1 / (exact + (1 - exact) / components)
 
 
-def rounds(bench: Bench, preset: Preset, lanes: int, steps: int) -> tuple[torch.Tensor, float]:
+def rounds(bench: Bench, preset: Preset, lanes: int, steps: int, calibrate: bool = False) -> tuple[torch.Tensor, float]:
     """Pictures through ParaStep on one rank, and their ideal speed by how many rounds there were."""
     from leapfrog.nodes.rounds_sampler import in_rounds
     from leapfrog.parallel_backend import LanesPlan
 
-    plan = LanesPlan.choose("cpu", lanes, preset.warmup(lanes), preset.predictor, preset.fidelity)
+    plan = LanesPlan.choose("cpu", lanes, preset.warmup(lanes), preset.predictor, preset.fidelity, calibrate=calibrate)
     counts = []
 
     def through(base: Any) -> Any:
@@ -222,11 +222,14 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=8, help="pictures, each with a prompt and a seed of its own")
     parser.add_argument("--sampler", default="euler", help="of all but the baseline")
     parser.add_argument("--modes", help="only these modes or fidelities, such as lookahead,exact")
+    parser.add_argument("--calibrate", action="store_true", help="ParaStep's bounds fitted to the model and sampler")
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # for the ranks
     torch.set_num_threads(1)
     add_comfyui("--cpu")
     load_pack()
+    import folder_paths
+
     from leapfrog.parallel_backend.report import TRACE_DIR
     from leapfrog.parallel_backend.supervisor import close_all
 
@@ -247,6 +250,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ[TRACE_DIR] = folder
+        folder_paths.set_user_directory(folder)
         for steps in options.steps:
             reference = bench.alone(options.sampler, steps)
             print(bench.row("ComfyUI alone", "-", steps, steps, 1.0, reference), flush=True)
@@ -255,7 +259,7 @@ def main() -> int:
                     if isinstance(way, Mode):
                         made, speed = split(bench, way, degree, steps, Path(folder))
                     else:
-                        made, speed = rounds(bench, way, degree, steps)
+                        made, speed = rounds(bench, way, degree, steps, options.calibrate)
                     print(bench.row(way.title, str(degree), steps, steps, speed, made), flush=True)
                     fewer = round(steps / speed)
                     if fewer < steps:
@@ -263,6 +267,8 @@ def main() -> int:
                         print(bench.row("same time: DPM++ 2M", "-", fewer, steps, steps / fewer, made), flush=True)
                     gc.collect()
                 close_all()
+        for known in Path(folder).glob("leapfrog/calibration.json"):
+            print("\nsensitivities:", known.read_text())
     return 0
 
 

@@ -48,13 +48,13 @@ def split(model: Any, ranks: int = 2, mode: str = "asyncdiff", warmup: int = 2, 
 
 def parastep(
     lanes: int, ranks: int = 2, warmup: int = 2, base: Any = "euler", predictor: str = "linear",
-    fidelity: str = "unguarded", drift_bound: float = 0.0,
+    fidelity: str = "unguarded", drift_bound: float = 0.0, calibrate: bool = False,
 ) -> Any:  # fmt: skip
     """The SAMPLER that ParaStep Sampler gives, around a sampler's name or a SAMPLER."""
     named = {"base_sampler": base} if isinstance(base, str) else {"base_sampler": "euler", "sampler": base}
     return ParaStepSampler.execute(
         **named, fidelity=fidelity, lanes=lanes, devices=",".join(["cpu"] * ranks), warmup_steps=warmup,
-        predictor=predictor, drift_bound=drift_bound,
+        predictor=predictor, drift_bound=drift_bound, calibrate=calibrate,
     ).args[0]  # fmt: skip
 
 

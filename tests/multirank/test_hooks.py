@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import comfy.hooks
+import folder_paths
 import pytest
 import torch
 from comfy_extras.nodes_hooks import CreateHookKeyframe, SetHookKeyframes, SetModelHooksOnCond
@@ -78,6 +80,14 @@ def test_hooks_in_rounds(name: str, lanes: int):
     assert distance(generate(load("flux"), LONG, sampler, positive=positive), theirs) < EXACT
     assert lanes == 1 or sampler.last_run.rejected
     assert distance(generate(load("flux"), LONG, sampler), reference(LONG)) < EXACT, "the hook outlived its prompt"
+
+
+def test_keyframes_begin_again_after_a_calibration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(folder_paths, "get_user_directory", lambda: str(tmp_path))
+    positive = hooked(prompt(1), hook(HALFWAY))
+    sampler = parastep(2, warmup=0, fidelity="fast", calibrate=True)
+    first, again = (generate(load("flux"), LONG, sampler, positive=positive) for _ in range(2))
+    assert torch.equal(first, again)
 
 
 def test_every_keyframe_counts():
