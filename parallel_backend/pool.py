@@ -29,6 +29,7 @@ from .tensors import Arena, flatten, place, unflatten
 log = logging.getLogger("leapfrog")
 POLL_S = 0.02
 END_GRACE_S = 2.0
+GONE_S = 15.0
 SPARE = 1.25
 MAX_ARENAS = 12
 LAST_LINES = 10
@@ -98,6 +99,7 @@ class Pool:
         self.channels: dict[int, Channel[FromRank]] = {}
         self._state = State.STARTING
         self._changing = threading.Lock()
+        self._gone = threading.Event()
         self._calls: dict[int, Call] = {}
         self._number = 0
         self._arenas: dict[str, Arena] = {}
@@ -328,6 +330,7 @@ class Pool:
 
     def _end(self, state: State) -> None:
         if not self._become(state):
+            self._gone.wait(GONE_S)  # another thread is at it
             return
         for channel in self.channels.values():
             try:
@@ -344,3 +347,4 @@ class Pool:
             arena.close()
         self._arenas.clear()
         self._calls.clear()
+        self._gone.set()
