@@ -42,7 +42,7 @@ def start_ranks(pool: Pool, host: ComfyHost, tick: Tick) -> None:
     start = _Start(pool, tick)
     log.info("Leapfrog: starting %d ranks on %s", world, ",".join(devices))
     secret = secrets.token_hex(32)
-    backend = _backend(devices)
+    backend = backend_of(devices)
     threads = _threads_per_rank(devices)
     try:
         with listen() as listener:
@@ -132,7 +132,8 @@ def _threads_per_rank(devices: Sequence[str]) -> int:
     return max(1, this_machine().cores // shared) if shared else 0
 
 
-def _backend(devices: Sequence[str]) -> str:
+def backend_of(devices: Sequence[str]) -> str:
+    """torch.distributed's backend for ranks on these devices."""
     import torch.distributed as dist
 
     alone = len(set(devices)) == len(devices) or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
