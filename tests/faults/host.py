@@ -1,12 +1,14 @@
 """A small host without ComfyUI's server: starts two ranks, prints what it holds, and evaluates until it is ended.
 
 Usage: host.py COMFYUI DENOISER. Prints one line of JSON: the ranks' process ids and the name of the shared memory.
+SIGUSR1 makes it another program in the same process, as ComfyUI-Manager's reboot does.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ BACKEND = Path(__file__).resolve().parents[2] / "parallel_backend"
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with it ignored
+    signal.signal(signal.SIGUSR1, lambda *_: os.execv(sys.executable, [sys.executable, "-c", "input()"]))
     spec = importlib.util.spec_from_file_location(
         "parallel_backend", BACKEND / "__init__.py", submodule_search_locations=[str(BACKEND)]
     )

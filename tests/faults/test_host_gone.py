@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -21,13 +22,17 @@ DEADLINE_S = 10.0
 
 
 @pytest.fixture
-def host() -> Iterator[subprocess.Popen[str]]:
+def host(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """The host, whose temporary files, and its ranks', would be in ``tmp_path``."""
     command = [sys.executable, HOST, comfyui_dir(), tiny_models.tiny_flux()]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
     yield process
     process.kill()
     process.wait()
-    assert process.stdout
+    assert process.stdin and process.stdout
+    process.stdin.close()
     process.stdout.close()
 
 
@@ -43,8 +48,12 @@ def is_there(segment: str) -> bool:
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory has no names in the file system here")
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
-def test_nothing_outlives_the_host(host: subprocess.Popen[str], how: signal.Signals):
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGKILL, signal.SIGTERM, signal.SIGINT, pytest.param(signal.SIGUSR1, id="exec")],
+    ids=lambda how: how.name,
+)
+def test_nothing_outlives_the_host(host: subprocess.Popen[str], how: signal.Signals, tmp_path: Path):
     assert host.stdout
     held = json.loads(host.stdout.readline())
     assert len(held["ranks"]) == 2
@@ -56,3 +65,20 @@ def test_nothing_outlives_the_host(host: subprocess.Popen[str], how: signal.Sign
         time.sleep(0.05)
     assert not any(map(is_alive, held["ranks"]))
     assert not is_there(held["memory"])
+    if how is signal.SIGUSR1:
+        assert host.poll() is None
+    else:
+        host.wait(DEADLINE_S)
+    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
+
+
+def test_ranks_that_start_do_not_outlive_the_host(host: subprocess.Popen[str]):
+    def ranks() -> list[psutil.Process]:
+        return [one for one in psutil.Process(host.pid).children() if "parallel_backend" in " ".join(one.cmdline())]
+
+    while len(found := ranks()) < 2:
+        assert host.poll() is None
+        time.sleep(0.01)
+    host.kill()
+    _, left = psutil.wait_procs(found, DEADLINE_S)
+    assert not left

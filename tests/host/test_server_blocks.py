@@ -162,8 +162,12 @@ def test_freeing_ends_the_ranks_and_the_next_prompt_starts_them(comfy_server: Co
 
 def test_a_rank_killed_in_a_prompt_fails_it_by_name_and_the_next_works(comfy_server: ComfyServer, block_graph: Graphs):
     prompt_id = in_the_middle(comfy_server, block_graph("parastep_sampler", steps=2000, seed=12))
-    ranks(comfy_server)[0].kill()
-    with pytest.raises(PromptError, match=r"node sample .*LeapfrogError: The process of a rank.*\(rank [01]\)"):
+    victim = ranks(comfy_server)[0]
+    victim.suspend()  # so that an evaluation is under way when it dies
+    time.sleep(0.5)
+    victim.kill()
+    said = r"node sample .*LeapfrogError: The process of a rank was ended by SIGKILL.*\(rank [01], denoiser call \d+\)"
+    with pytest.raises(PromptError, match=said):
         comfy_server.wait(prompt_id, 20)
     assert len(comfy_server.outputs(comfy_server.run(block_graph("parastep_sampler", seed=13)))) == 1
     assert len(ranks(comfy_server)) == 2

@@ -1,0 +1,79 @@
+"""Ranks that do not come up: no process is left, and the next prompt starts others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import comfy.model_management
+import psutil
+import pytest
+
+from generation import Request, distance, generate
+from leapfrog.parallel_backend import ComfyHost, LeapfrogError, supervisor
+from ranks import EXACT, load, reference, split, the_pool
+
+TWO = ("cpu", "cpu")
+
+
+class User:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    supervisor.close_all()
+    yield
+    assert not [one.pid for one in psutil.Process().children() if "parallel_backend" in " ".join(one.cmdline())]
+    assert not [pool for pool in supervisor._pools.values() if pool.alive]
+
+
+def after(seconds: float, function: Callable[[], None]) -> None:
+    threading.Timer(seconds, function).start()
+
+
+def prompt() -> None:
+    assert distance(generate(split(load("flux"), mode="exact"), Request()), reference(Request())) < EXACT
+
+
+def test_cancelled_while_they_start():
+    after(1.0, lambda: comfy.model_management.interrupt_current_processing(True))
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        prompt()
+    assert not [pool for pool in supervisor._pools.values() if pool.alive]
+    prompt()
+    supervisor.close_all()
+
+
+def test_comfyui_ends_while_they_start():
+    after(1.0, supervisor.close_all)
+    with pytest.raises(LeapfrogError, match="ended while they started"):
+        prompt()
+
+
+def test_too_slow(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LEAPFROG_START_TIMEOUT", "0.5")
+    with pytest.raises(LeapfrogError, match=r"A rank was not ready after 0.5 s\. \(rank 0\)") as caught:
+        prompt()
+    assert caught.value.report.code == "rank_start"
+
+
+def test_what_a_rank_says_when_it_fails(tmp_path: Path):
+    with pytest.raises(LeapfrogError) as caught:
+        supervisor.acquire(TWO, ComfyHost(str(tmp_path)), lambda: None, User())
+    report = caught.value.report
+    assert "No module named 'comfy'" in report.message or "No module named 'comfy'" in "".join(report.log)
+    assert report.rank in (0, 1)
+
+
+def test_a_rank_that_ends(monkeypatch: pytest.MonkeyPatch):
+    def kill_one() -> None:
+        while not [pool for pool in supervisor._pools.values() if len(pool.processes) == 2]:
+            time.sleep(0.01)
+        psutil.Process(the_pool().pids[1]).kill()
+
+    after(0.0, kill_one)
+    with pytest.raises(LeapfrogError, match=r"A rank was ended by SIGKILL.* at its start\. \(rank 1\)"):
+        prompt()
