@@ -19,12 +19,12 @@ from typing import Any
 
 import msgspec
 
-from .channel import Channel, admit, listen
+from .channel import SEND_TIMEOUT_S, Channel, Door
 from .errors import ErrorReport, LeapfrogError
 from .launcher import RankProcess
 from .plan import CPU, this_machine
-from .protocol import Failed, FromRank, Hello, HostMessage, Join, LaunchSpec, Payload, RankMessage, Ready, Stop
-from .tensors import Arena, flatten, place, unflatten
+from .protocol import ANSWERS, Failed, FromRank, Hello, HostMessage, Join, LaunchSpec, Payload, RankMessage, Ready, Stop
+from .tensors import Arena, flatten, place
 
 log = logging.getLogger("leapfrog")
 START_TIMEOUT_S = 180.0
@@ -73,6 +73,7 @@ class Call:
     ranks: frozenset[int]
     arena: str = ""
     on_reply: Callable[[int, int, Any], None] | None = None
+    answers: dict[int, type[RankMessage]] = field(default_factory=dict)
     replies: dict[int, Any] = field(default_factory=dict)
     wanted: bool = True
 
@@ -141,9 +142,11 @@ class Pool:
             self._pump(self._calls.values(), deadline, tick)
 
     def read(self, payload: Payload) -> Any:
-        """A copy of a payload's tree."""
-        arena = self._arenas[payload.arena]
-        return unflatten(payload.spec, [arena.view(head).clone() for head in payload.heads])
+        """A copy of a payload's tree. Raises LeapfrogError rank_error for what is none; the pool is then closed."""
+        try:
+            return self._arenas[payload.arena].tree(payload.spec, payload.heads, copy=True)
+        except (AttributeError, KeyError, ValueError):
+            raise self._broken(ErrorReport("rank_error", "A rank sent a result that cannot be read.")) from None
 
     def submit(
         self,
@@ -157,6 +160,7 @@ class Pool:
         tick()
         self._number += 1
         call = Call(self._number, frozenset(messages), using.arena if using else "", on_reply)
+        call.answers = {rank: ANSWERS[type(message)] for rank, message in messages.items()}
         self._calls[call.number] = call
         for rank, message in messages.items():
             message.call = call.number
@@ -208,6 +212,8 @@ class Pool:
             call = self._calls.get(reply.call)
             if call is None:
                 continue
+            if rank in call.replies or not isinstance(reply, call.answers.get(rank, ())):
+                raise self._broken(ErrorReport("rank_error", "A rank answered what it was not asked.", rank))
             call.replies[rank] = reply
             if call.on_reply:
                 call.on_reply(call.number, rank, reply)
@@ -298,21 +304,20 @@ def start_pool(devices: Sequence[str], host: ComfyHost, tick: Tick) -> Pool:
     threads = _threads_per_rank(devices)
     processes: list[RankProcess] = []
     channels: dict[int, Channel[FromRank]] = {}
-    with listen() as listener:
+    with Door(secret, len(devices)) as door:
         try:
             for rank, device in enumerate(devices):
                 args = list(host.args) + (["--cpu"] if device == CPU and "--cpu" not in host.args else [])
                 spec = LaunchSpec(
                     rank=rank, world=len(devices), device=device, backend=backend, comfy_args=args, secret=secret,
-                    threads=threads if device == CPU else 0, port=listener.getsockname()[1], comfy_root=host.root,
+                    threads=threads if device == CPU else 0, port=door.port, comfy_root=host.root,
                     timeout_s=step_timeout_s(),
                 )  # fmt: skip
                 processes.append(RankProcess(spec))
             while len(channels) < len(devices):
                 _check_start(processes, deadline, tick)
-                caller = admit(listener, secret, POLL_S)
-                if caller and caller[0] < len(devices) and caller[0] not in channels:
-                    channels[caller[0]] = Channel(caller[1], FromRank)
+                if caller := door.admit(POLL_S):
+                    channels[caller[0]] = Channel(caller[1], FromRank, SEND_TIMEOUT_S)
             hello = {r: _await(Hello, channels[r], processes, deadline, tick) for r in channels}
             for channel in channels.values():
                 channel.send(Join(store_port=hello[0].store_port))
@@ -350,6 +355,8 @@ def _await(
         except (EOFError, OSError):
             time.sleep(POLL_S)
             continue
+        except msgspec.MsgspecError as error:
+            raise LeapfrogError(ErrorReport("rank_start", f"A rank sent no message: {error}.")) from None
         if isinstance(message, Failed) and message.error:
             raise LeapfrogError(message.error)
         if not isinstance(message, kind):
