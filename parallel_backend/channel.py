@@ -76,8 +76,8 @@ class Channel(Generic[Received]):
         frame, self._frame = self._frame, bytearray()
         try:
             return self._decode(memoryview(frame)[_LENGTH.size :])
-        except RecursionError:
-            raise msgspec.DecodeError("a message nests too deeply") from None
+        except (RecursionError, UnicodeDecodeError) as error:
+            raise msgspec.DecodeError(f"no message: {type(error).__name__}") from None
 
     def _fill(self, size: int, deadline: float | None) -> None:
         while len(self._frame) < size:
