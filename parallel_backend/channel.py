@@ -1,16 +1,19 @@
 """The control channel of one rank: typed messages over a loopback socket that both ends proved a secret on.
 
-Frames are multiprocessing's (length, bytes); the body is msgpack decoded into one union of message types, so nothing
-but those types can come out. Every receive takes a deadline.
+A frame is four bytes of length, the highest first, and a msgpack body that is decoded into one union of message types,
+so nothing but those types can come out. Memory is taken for bytes that have come, never for bytes that are announced.
 """
 
 from __future__ import annotations
 
 import hmac
+import secrets
+import selectors
 import socket
+import struct
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -20,33 +23,72 @@ from .protocol import MAX_MESSAGE
 Received = TypeVar("Received")
 LOOPBACK = "127.0.0.1"
 PROOF_TIMEOUT_S = 2.0
+SEND_TIMEOUT_S = 30.0
+MAX_WAITING = 64
+_LENGTH = struct.Struct("!I")
+_PART = 1 << 16
+_NONCE = 32
+_RANK = 2
+_CLAIM = _NONCE + _RANK
+_PROOF = 32
 
 
 class Channel(Generic[Received]):
-    """One end of the wire; ``receives`` is the union of message types that the other end may send."""
+    """One end of the wire; ``receives`` is the union of message types that the other end may send.
 
-    def __init__(self, sock: socket.socket, receives: Any):
+    ``send_timeout_s`` is how long the other end may leave a message untaken. A rank has none: its death pipe watches
+    its host, which may be held for any time by whoever sits in front of it.
+    """
+
+    def __init__(self, sock: socket.socket, receives: Any, send_timeout_s: float | None = None):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setblocking(True)
-        self.connection = Connection(sock.detach())
+        self.connection = sock
+        self._send_timeout_s = send_timeout_s
+        self._frame = bytearray()
         self._encode = msgspec.msgpack.Encoder().encode
-        self._decode: Callable[[bytes], Received] = msgspec.msgpack.Decoder(receives).decode
+        self._decode: Callable[[memoryview], Received] = msgspec.msgpack.Decoder(receives).decode
 
     def send(self, message: msgspec.Struct) -> None:
-        """Raises OSError if the other end is gone, ValueError if the message is over the bound."""
+        """Raises OSError if the other end is gone or does not take it, ValueError if the message is over the bound."""
         body = self._encode(message)
         if len(body) > MAX_MESSAGE:
             raise ValueError(f"a message of {len(body)} bytes is over the bound of {MAX_MESSAGE}")
-        self.connection.send_bytes(body)
+        self.connection.settimeout(self._send_timeout_s)
+        try:
+            self.connection.sendall(_LENGTH.pack(len(body)) + body)
+        except TimeoutError:
+            self.close()  # part of it went, so nothing else can
+            raise
 
     def receive(self, timeout_s: float | None) -> Received:
         """The next message. None waits for ever, which only a rank does, whose death pipe watches its host.
 
-        Raises TimeoutError, EOFError or OSError (the other end is gone), msgspec.ValidationError.
+        Raises TimeoutError (what came of a message is kept for the next call), EOFError or OSError (the other end is
+        gone or announced too much, which closes the channel), msgspec.MsgspecError (no message of these types).
         """
-        if timeout_s is not None and not self.connection.poll(timeout_s):
-            raise TimeoutError
-        return self._decode(self.connection.recv_bytes(MAX_MESSAGE))
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self._fill(_LENGTH.size, deadline)
+        (length,) = _LENGTH.unpack_from(self._frame)
+        if length > MAX_MESSAGE:
+            self.close()
+            raise OSError(f"a message of {length} bytes was announced, the bound is {MAX_MESSAGE}")
+        self._fill(_LENGTH.size + length, deadline)
+        frame, self._frame = self._frame, bytearray()
+        try:
+            return self._decode(memoryview(frame)[_LENGTH.size :])
+        except (RecursionError, UnicodeDecodeError) as error:
+            raise msgspec.DecodeError(f"no message: {type(error).__name__}") from None
+
+    def _fill(self, size: int, deadline: float | None) -> None:
+        while len(self._frame) < size:
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError
+            self.connection.settimeout(left)
+            part = self.connection.recv(min(size - len(self._frame), _PART))
+            if not part:
+                raise EOFError
+            self._frame += part
 
     def close(self) -> None:
         self.connection.close()
@@ -54,39 +96,146 @@ class Channel(Generic[Received]):
 
 def listen() -> socket.socket:
     """A listening socket on a free port of 127.0.0.1."""
-    return socket.create_server((LOOPBACK, 0), backlog=16)
+    return socket.create_server((LOOPBACK, 0), backlog=128)
+
+
+# The handshake: the host sends a nonce; the rank answers with its own, its number and a proof; the host answers with a
+# proof. The secret itself is never sent, and neither end believes a caller or a listener that took over a port.
 
 
 def knock(port: int, rank: int, secret: str, timeout_s: float) -> socket.socket:
-    """A rank's side of the handshake: connect, then prove the secret and say which rank this is."""
-    sock = socket.create_connection((LOOPBACK, port), timeout=timeout_s)
-    sock.sendall(bytes.fromhex(secret) + rank.to_bytes(2, "big"))
-    return sock
+    """A rank's side: connect, prove the secret and say which rank this is, have the host prove it too.
 
-
-def admit(listener: socket.socket, secret: str, timeout_s: float) -> tuple[int, socket.socket] | None:
-    """The host's side: ``(rank, socket)`` of the next caller, None if none came in time or it did not know the secret.
-
-    A caller has two seconds of its own to say it, however short ``timeout_s`` is: a busy machine may let it wait.
+    Turned away, it knocks again until ``timeout_s`` is over: strangers may crowd the door. Raises OSError.
     """
-    listener.settimeout(timeout_s)
-    try:
-        sock, _ = listener.accept()
-    except TimeoutError:
-        return None
-    deadline = time.monotonic() + PROOF_TIMEOUT_S
-    expected = bytes.fromhex(secret)
-    proof = b""
-    try:
-        while len(proof) < len(expected) + 2:
-            sock.settimeout(max(0.01, deadline - time.monotonic()))
-            part = sock.recv(len(expected) + 2 - len(proof))
-            if not part:
-                break
-            proof += part
-    except OSError:
-        proof = b""
-    if len(proof) != len(expected) + 2 or not hmac.compare_digest(proof[:-2], expected):
-        sock.close()
-        return None
-    return int.from_bytes(proof[-2:], "big"), sock
+    deadline = time.monotonic() + timeout_s
+    while True:
+        sock = socket.create_connection((LOOPBACK, port), timeout=max(0.1, deadline - time.monotonic()))
+        try:
+            prove(sock, rank, secret)
+            return sock
+        except OSError as error:
+            sock.close()
+            if not isinstance(error, ConnectionError) or time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
+
+
+def prove(sock: socket.socket, rank: int, secret: str) -> None:
+    """The rank's side on a connected socket that has a timeout. Raises OSError."""
+    nonce = _take(sock, _NONCE)
+    claim = secrets.token_bytes(_NONCE) + rank.to_bytes(_RANK, "big")
+    sock.sendall(claim + _proof(secret, b"rank", nonce, claim))
+    if not hmac.compare_digest(_take(sock, _PROOF), _proof(secret, b"host", nonce, claim)):
+        raise ConnectionRefusedError("who listens does not know the secret")
+
+
+def _take(sock: socket.socket, size: int) -> bytes:
+    """As many bytes, in as many parts: who sends them one by one gains little, a part has the socket's timeout."""
+    taken = b""
+    while len(taken) < size:
+        part = sock.recv(size - len(taken))
+        if not part:
+            raise ConnectionAbortedError("turned away")
+        taken += part
+    return taken
+
+
+def _proof(secret: str, side: bytes, nonce: bytes, claim: bytes) -> bytes:
+    return hmac.digest(bytes.fromhex(secret), side + nonce + claim, "sha256")
+
+
+@dataclass
+class _Caller:
+    sock: socket.socket
+    nonce: bytes
+    deadline: float
+    said: bytes = b""
+
+
+class Door:
+    """The host's side: a listener on loopback that lets every rank of a pool in once, and nobody else.
+
+    Callers are heard at the same time, each for two seconds. Of more than 64 at a time the one that has waited longest
+    is turned away, so neither slow callers nor many of them keep a rank out.
+    """
+
+    def __init__(self, secret: str, world: int):
+        self._secret = secret
+        self._absent = set(range(world))
+        self._callers: dict[socket.socket, _Caller] = {}
+        self._listener = listen()
+        self._listener.setblocking(False)
+        self.port: int = self._listener.getsockname()[1]
+        self._ready = selectors.DefaultSelector()
+        self._ready.register(self._listener, selectors.EVENT_READ)
+
+    def __enter__(self) -> Door:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for caller in list(self._callers.values()):
+            self._turn_away(caller)
+        self._ready.close()
+        self._listener.close()
+
+    def admit(self, timeout_s: float) -> tuple[int, socket.socket] | None:
+        """``(rank, socket)`` of the next rank, None if none came in time."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            now = time.monotonic()
+            for caller in [caller for caller in self._callers.values() if caller.deadline < now]:
+                self._turn_away(caller)
+            for key, _ in self._ready.select(max(0.0, deadline - now)):
+                caller: _Caller | None = key.data
+                if caller is None:
+                    self._open()
+                elif caller.sock in self._callers and (rank := self._hear(caller)) is not None:
+                    return rank, caller.sock
+            if time.monotonic() >= deadline:
+                return None
+
+    def _open(self) -> None:
+        nonce = secrets.token_bytes(_NONCE)
+        try:
+            sock, _ = self._listener.accept()
+            sock.setblocking(False)
+            sock.send(nonce)
+        except OSError:
+            return
+        if len(self._callers) >= MAX_WAITING:
+            self._turn_away(next(iter(self._callers.values())))
+        caller = self._callers[sock] = _Caller(sock, nonce, time.monotonic() + PROOF_TIMEOUT_S)
+        self._ready.register(sock, selectors.EVENT_READ, caller)
+
+    def _hear(self, caller: _Caller) -> int | None:
+        """The rank of a caller that has said and proved it; what says too little stays, what proves wrong goes."""
+        try:
+            part = caller.sock.recv(_CLAIM + _PROOF - len(caller.said))
+        except OSError:
+            part = b""
+        caller.said += part
+        if part and len(caller.said) < _CLAIM + _PROOF:
+            return None
+        claim, proof = caller.said[:_CLAIM], caller.said[_CLAIM:]
+        rank = int.from_bytes(claim[_NONCE:], "big")
+        known = hmac.compare_digest(proof, _proof(self._secret, b"rank", caller.nonce, claim))
+        if not known or rank not in self._absent:
+            self._turn_away(caller)
+            return None
+        try:
+            caller.sock.send(_proof(self._secret, b"host", caller.nonce, claim))
+        except OSError:
+            self._turn_away(caller)
+            return None
+        self._forget(caller)
+        self._absent.remove(rank)
+        return rank
+
+    def _turn_away(self, caller: _Caller) -> None:
+        self._forget(caller)
+        caller.sock.close()
+
+    def _forget(self, caller: _Caller) -> None:
+        del self._callers[caller.sock]
+        self._ready.unregister(caller.sock)

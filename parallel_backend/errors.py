@@ -44,6 +44,10 @@ class ErrorReport(msgspec.Struct, frozen=True):
     traceback: str = ""
     log: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.code not in HINTS:
+            raise ValueError("the code is not in the error registry")
+
     @property
     def hint(self) -> str:
         return HINTS[self.code]

@@ -22,9 +22,9 @@ import torch
 from .channel import Channel
 from .errors import ErrorReport, LeapfrogError, error_of
 from .launcher import RankProcess
-from .protocol import Failed, FromRank, HostMessage, Payload, RankMessage, Stop
+from .protocol import ANSWERS, Failed, FromRank, HostMessage, Payload, RankMessage, Stop
 from .settings import step_timeout_s
-from .tensors import Arena, flatten, place, unflatten
+from .tensors import Arena, flatten, place
 
 log = logging.getLogger("leapfrog")
 POLL_S = 0.02
@@ -61,7 +61,8 @@ NEXT = {
 class Call:
     """Messages that went to some ranks. ``replies`` fill up, each handed to ``on_reply`` as it comes in.
 
-    ``step`` is which denoiser call of the run it is, from 1; 0 for anything else.
+    ``step`` is which denoiser call of the run it is, from 1; 0 for anything else. ``answers`` are the types of reply
+    that the ranks may give.
     """
 
     number: int
@@ -69,6 +70,7 @@ class Call:
     arena: str = ""
     on_reply: Callable[[int, int, Any], None] | None = None
     step: int = 0
+    answers: dict[int, type[RankMessage]] = field(default_factory=dict)
     replies: dict[int, Any] = field(default_factory=dict)
     wanted: bool = True
 
@@ -179,9 +181,11 @@ class Pool:
             self._pump(deadline, tick)
 
     def read(self, payload: Payload) -> Any:
-        """A copy of a payload's tree."""
-        arena = self._arenas[payload.arena]
-        return unflatten(payload.spec, [arena.view(head).clone() for head in payload.heads])
+        """A copy of a payload's tree. Raises LeapfrogError rank_error for what is none; the pool is then closed."""
+        try:
+            return self._arenas[payload.arena].tree(payload.spec, payload.heads, copy=True)
+        except (AttributeError, KeyError, ValueError):
+            raise self.broken(ErrorReport("rank_error", "A rank sent a result that cannot be read.")) from None
 
     def is_finite(self, payload: Payload) -> bool:
         """Whether there is neither NaN nor infinity in a payload's tensors."""
@@ -201,6 +205,7 @@ class Pool:
         tick()
         self._number += 1
         call = Call(self._number, frozenset(messages), using.arena if using else "", on_reply, step)
+        call.answers = {rank: ANSWERS[type(message)] for rank, message in messages.items()}
         self._calls[call.number] = call
         self._settle()
         for rank, message in messages.items():
@@ -256,6 +261,8 @@ class Pool:
             call = self._calls.get(reply.call)
             if call is None:
                 continue
+            if rank in call.replies or not isinstance(reply, call.answers.get(rank, ())):
+                raise self.broken(ErrorReport("rank_error", "A rank answered what it was not asked.", rank))
             call.replies[rank] = reply
             if call.on_reply:
                 call.on_reply(call.number, rank, reply)
@@ -302,10 +309,11 @@ class Pool:
         return self.broken(ErrorReport("rank_died", f"The process of a rank {how}.", rank))
 
     def _late(self) -> LeapfrogError:
-        owing = [self._owing(call) for call in self._calls.values()]
+        owing = [late for call in self._calls.values() if (late := self._owing(call))]
+        if not owing:
+            return self.broken(ErrorReport("rank_error", "No shared memory became free."))
         # a rank waits only for ranks before it, which have answered all the earlier calls
-        oldest = next(filter(None, owing))
-        rank = self.culprit(frozenset().union(*owing), oldest)
+        rank = self.culprit(frozenset().union(*owing), owing[0])
         halted = " Its process is halted (SIGSTOP, a debugger)." if self.processes[rank].stopped else ""
         return self.broken(ErrorReport("rank_timeout", f"A rank did not answer in time.{halted}", rank))
 

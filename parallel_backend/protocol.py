@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from .errors import ErrorReport, LeapfrogError
-from .tensors import TensorHead, flatten
+from .tensors import Bytes, Shape, TensorHead, flatten
 from .units import Flow
 
-MAX_MESSAGE = 64 << 20
+# Decoded, a message takes up to 72 times its length: msgpack writes an empty dict in a byte.
+MAX_MESSAGE = 16 << 20
+MAX_ROUNDS = 1000
+Port = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+Loader = Literal["diffusion_model", "checkpoint"]
 
 
 class LaunchSpec(msgspec.Struct):
@@ -23,8 +28,8 @@ class LaunchSpec(msgspec.Struct):
     device: str
     backend: str
     threads: int
-    port: int
-    secret: str
+    port: Port
+    secret: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
     comfy_root: str
     comfy_args: list[str]
     timeout_s: float
@@ -33,7 +38,7 @@ class LaunchSpec(msgspec.Struct):
 class Payload(msgspec.Struct):
     """A tree whose tensors lie in the arena called ``arena``."""
 
-    arena: str
+    arena: Annotated[str, msgspec.Meta(pattern=r"\A\w{1,64}\Z")]
     spec: Any
     heads: list[TensorHead]
 
@@ -45,13 +50,13 @@ class Recipe(msgspec.Struct, frozen=True):
     that a file that changed on disk is another recipe.
     """
 
-    loader: str
+    loader: Loader
     path: str
     options: str
     stamp: tuple[int, int]
 
     @classmethod
-    def of(cls, loader: str, path: str, options: dict[str, Any]) -> Recipe:
+    def of(cls, loader: Loader, path: str, options: dict[str, Any]) -> Recipe:
         """Raises LeapfrogError: missing_file, or no_recipe where the options cannot be repeated in a rank."""
         file = Path(path)
         if not file.is_file():
@@ -75,7 +80,7 @@ class HostMessage(msgspec.Struct, tag_field="type", tag=str.lower):
 class Join(HostMessage):
     """Form the process group; the store listens on 127.0.0.1:``store_port``."""
 
-    store_port: int = 0
+    store_port: Port = 0
 
 
 class Trace(HostMessage):
@@ -88,8 +93,8 @@ class Trace(HostMessage):
     recipe: Recipe | None = None
     inputs: Payload | None = None
     units: list[str] = []
-    rounds: int = 0
-    shapes: dict[str, tuple[int, ...]] = {}
+    rounds: Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUNDS)] = 0
+    shapes: dict[str, Shape] = {}
 
 
 class Cut(msgspec.Struct, frozen=True):
@@ -160,21 +165,21 @@ class RankMessage(msgspec.Struct, tag_field="type", tag=str.lower):
 class Hello(RankMessage):
     """First message. Rank 0 names the port of the store it opened on 127.0.0.1; the others send 0."""
 
-    store_port: int = 0
+    store_port: Port = 0
 
 
 class Ready(RankMessage):
     """The process group stands. ``free`` are the bytes that the device can give, None where nobody counts."""
 
-    free: int | None = None
+    free: Bytes | None = None
 
 
 class UnitTrace(msgspec.Struct, frozen=True):
     """A unit's path, the seconds of one evaluation, the bytes of its weights."""
 
     path: str
-    seconds: float
-    nbytes: int
+    seconds: Seconds
+    nbytes: Bytes
 
 
 class Traced(RankMessage):
@@ -186,20 +191,24 @@ class Traced(RankMessage):
 
     units: list[UnitTrace] = []
     flow: Flow = Flow([], [], [])
-    stem: float = 0.0
-    head: float = 0.0
-    shared: int = 0
-    free: int | None = None
+    stem: Seconds = 0.0
+    head: Seconds = 0.0
+    shared: Bytes = 0
+    free: Bytes | None = None
     device: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.units) != len(self.flow.reads):
+            raise ValueError("as many units as the flow has")
 
 
 class Loaded(RankMessage):
     """``nbytes`` of weights are held, of which ``shared`` belong to no unit; ``seconds`` it took."""
 
-    nbytes: int = 0
-    shared: int = 0
+    nbytes: Bytes = 0
+    shared: Bytes = 0
     units: list[str] = []
-    seconds: float = 0.0
+    seconds: Seconds = 0.0
 
 
 class Done(RankMessage):
@@ -211,10 +220,10 @@ class Done(RankMessage):
     """
 
     output: Payload | None = None
-    begin: float = 0.0
-    end: float = 0.0
-    waited: float = 0.0
-    sent: int = 0
+    begin: Seconds = 0.0
+    end: Seconds = 0.0
+    waited: Seconds = 0.0
+    sent: Bytes = 0
     drift: float = 0.0
 
 
@@ -227,4 +236,13 @@ class Ok(RankMessage):
 
 
 FromHost = Join | Trace | Load | Evaluate | Echo | Unload | Stop
+ANSWERS: dict[type[HostMessage], type[RankMessage]] = {
+    Trace: Traced,
+    Load: Loaded,
+    Evaluate: Done,
+    Echo: Done,
+    Unload: Ok,
+}
+"""What a rank answers, if it does not answer Failed."""
+
 FromRank = Hello | Ready | Traced | Loaded | Done | Failed | Ok

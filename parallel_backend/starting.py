@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from .channel import Channel, admit, listen
+from .channel import SEND_TIMEOUT_S, Channel, Door
 from .errors import ErrorReport
 from .launcher import RankProcess
 from .plan import CPU, this_machine
@@ -45,20 +45,19 @@ def start_ranks(pool: Pool, host: ComfyHost, tick: Tick) -> None:
     backend = backend_of(devices)
     threads = _threads_per_rank(devices)
     try:
-        with listen() as listener:
+        with Door(secret, world) as door:
             for rank, device in enumerate(devices):
                 args = list(host.args) + (["--cpu"] if device == CPU and "--cpu" not in host.args else [])
                 spec = LaunchSpec(
                     rank=rank, world=world, device=device, backend=backend, comfy_args=args, secret=secret,
-                    threads=threads if device == CPU else 0, port=listener.getsockname()[1], comfy_root=host.root,
+                    threads=threads if device == CPU else 0, port=door.port, comfy_root=host.root,
                     timeout_s=step_timeout_s(),
                 )  # fmt: skip
                 pool.processes.append(RankProcess(spec))
             while missing := set(range(world)) - pool.channels.keys():
                 start.check(missing)
-                caller = admit(listener, secret, POLL_S)
-                if caller and caller[0] in missing:
-                    pool.channels[caller[0]] = Channel(caller[1], FromRank)
+                if caller := door.admit(POLL_S):
+                    pool.channels[caller[0]] = Channel(caller[1], FromRank, SEND_TIMEOUT_S)
         hello = start.gather(Hello)
         for channel in pool.channels.values():
             channel.send(Join(store_port=hello[0].store_port))

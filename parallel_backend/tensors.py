@@ -9,28 +9,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from multiprocessing import resource_tracker, shared_memory
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 import torch
 
 ALIGN = 64
 MAX_DEPTH = 16
-DTYPES = {
-    name: getattr(torch, name)
-    for name in (
-        "float64 float32 float16 bfloat16 float8_e4m3fn float8_e5m2 int64 int32 int16 int8 uint8 bool complex64".split()
-    )
-}
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_DIMS = 16
+MAX_ELEMENTS = 1 << 48
+DtypeName = Literal[
+    "float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int64", "int32", "int16", "int8",
+    "uint8", "bool", "complex64",
+]  # fmt: skip
+Bytes = Annotated[int, msgspec.Meta(ge=0, le=MAX_ELEMENTS)]
+Shape = Annotated[tuple[Bytes, ...], msgspec.Meta(max_length=MAX_DIMS)]
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(DtypeName)}
+_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorHead(msgspec.Struct, frozen=True, array_like=True):
     """Where a contiguous tensor lies in an arena: dtype name, shape, offset in bytes."""
 
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
+    dtype: DtypeName
+    shape: Shape
+    offset: Bytes
 
     @property
     def nbytes(self) -> int:
@@ -41,7 +44,9 @@ def flatten(tree: Any, where: str = "value") -> tuple[Any, list[torch.Tensor]]:
     """``(spec, tensors)`` of a tree. Raises TypeError naming the place of a value that cannot travel."""
     tensors: list[torch.Tensor] = []
 
-    def walk(value: Any, path: str) -> Any:
+    def walk(value: Any, path: str, depth: int = 0) -> Any:
+        if depth > MAX_DEPTH:
+            raise TypeError(f"{where} nests deeper than {MAX_DEPTH} levels, so it cannot travel to a rank")
         if isinstance(value, torch.Tensor):
             tensors.append(value)
             return ["t", len(tensors) - 1]
@@ -49,10 +54,10 @@ def flatten(tree: Any, where: str = "value") -> tuple[Any, list[torch.Tensor]]:
             return ["v", value]
         if isinstance(value, list | tuple):
             kind = "l" if isinstance(value, list) else "u"
-            return [kind, [walk(item, f"{path}[{i}]") for i, item in enumerate(value)]]
+            return [kind, [walk(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]]
         if isinstance(value, dict):
-            return ["d", [[walk(k, path), walk(v, f"{path}[{k!r}]")] for k, v in value.items()]]
-        if isinstance(value, torch.dtype):
+            return ["d", [[walk(k, path, depth + 1), walk(v, f"{path}[{k!r}]", depth + 1)] for k, v in value.items()]]
+        if isinstance(value, torch.dtype) and value in _NAMES:
             return ["y", _NAMES[value]]
         raise TypeError(
             f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which cannot travel to a rank"
@@ -63,30 +68,30 @@ def flatten(tree: Any, where: str = "value") -> tuple[Any, list[torch.Tensor]]:
 
 def unflatten(spec: Any, tensors: Sequence[torch.Tensor]) -> Any:
     """The tree of a spec. Raises ValueError for a malformed spec."""
+    rest = iter(range(len(tensors)))
 
     def walk(node: Any, depth: int) -> Any:
         if depth > MAX_DEPTH or not isinstance(node, list | tuple) or len(node) != 2:
             raise ValueError("malformed tree")
         kind, body = node
-        if kind == "v":
+        if kind == "v" and (body is None or isinstance(body, bool | int | float | str)):
             return body
-        if kind == "t":
-            if type(body) is not int or body < 0:
-                raise ValueError("malformed tree")
-            return tensors[body]
         if kind == "y":
             return DTYPES[body]
-        if kind in ("l", "u"):
+        if kind in ("l", "u") and isinstance(body, list | tuple):
             items = [walk(item, depth + 1) for item in body]
             return items if kind == "l" else tuple(items)
         if kind == "d":
             return {walk(k, depth + 1): walk(v, depth + 1) for k, v in body}
-        raise ValueError(f"unknown kind {kind!r} in a tree")
+        # each tensor once, in turn, as flatten numbers them: what is made of a tree is no larger than its tensors
+        if kind == "t" and type(body) is int and body == next(rest, None):
+            return tensors[body]
+        raise ValueError("malformed tree")
 
     try:
         return walk(spec, 0)
-    except (IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"malformed tree: {error!r}") from None
+    except (KeyError, TypeError):
+        raise ValueError("malformed tree") from None
 
 
 def place(tensors: Iterable[torch.Tensor], start: int = 0) -> tuple[list[TensorHead], int]:
@@ -133,13 +138,27 @@ class Arena:
 
     def view(self, head: TensorHead) -> torch.Tensor:
         """The tensor in place, not copied. Drop it before :meth:`close`. Raises ValueError outside the segment."""
+        dtype = DTYPES.get(head.dtype)
+        if dtype is None or len(head.shape) > MAX_DIMS or math.prod(max(1, size) for size in head.shape) > MAX_ELEMENTS:
+            raise ValueError("no tensor can be like that")
         if head.offset < 0 or min(head.shape, default=0) < 0 or head.offset + head.nbytes > self.size:
             raise ValueError("tensor lies outside the arena")
-        dtype = DTYPES[head.dtype]
+        if head.offset % dtype.itemsize:
+            raise ValueError("tensor lies across its elements")
         if head.nbytes == 0:
             return torch.empty(head.shape, dtype=dtype)
         count = math.prod(head.shape)
         return torch.frombuffer(self._memory.buf, dtype=dtype, count=count, offset=head.offset).view(head.shape)
+
+    def tree(self, spec: Any, heads: Sequence[TensorHead], copy: bool = False) -> Any:
+        """The tree of a spec, its tensors in place as in :meth:`view`, or copies of them.
+
+        Raises ValueError where either is malformed, or where the tensors together are larger than the segment.
+        """
+        views = [self.view(head) for head in heads]
+        if sum(head.nbytes for head in heads) > self.size:
+            raise ValueError("tensors lie on each other")
+        return unflatten(spec, [view.clone() for view in views] if copy else views)
 
     def write(self, tensors: Sequence[torch.Tensor], heads: Sequence[TensorHead]) -> None:
         for tensor, head in zip(tensors, heads, strict=True):

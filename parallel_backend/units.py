@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from .errors import LeapfrogError
+from .tensors import DtypeName, Shape
 
 # Of a denoiser's weights, what a list must hold to be worth cutting.
 WORTH_CUTTING = 0.01
@@ -30,8 +31,12 @@ class Output(msgspec.Struct, frozen=True):
     """
 
     spec: Any
-    tensors: list[tuple[str, tuple[int, ...]]]
+    tensors: list[tuple[DtypeName, Shape]]
     orders: list[tuple[int, ...]] = []
+
+    def __post_init__(self) -> None:
+        if any(sorted(order) != [*range(len(order))] for order in self.orders):
+            raise ValueError("an order of dimensions names each of them once")
 
 
 class Flow(msgspec.Struct, frozen=True):
@@ -44,6 +49,11 @@ class Flow(msgspec.Struct, frozen=True):
     reads: list[list[int]]
     head: list[int]
     outputs: list[Output | None]
+
+    def __post_init__(self) -> None:
+        named = {unit for read in (*self.reads, self.head) for unit in read}
+        if len(self.outputs) != len(self.reads) or not named <= set(range(len(self.reads))):
+            raise ValueError("a flow is between its own units")
 
 
 def find_units(denoiser: Any) -> list[str]:

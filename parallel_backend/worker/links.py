@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import socket
+import struct
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +18,10 @@ import torch.distributed as dist
 from ..channel import LOOPBACK, listen
 from ..tensors import place
 
+log = logging.getLogger("leapfrog.rank")
+# From linux/bpf_common.h and asm-generic/socket.h; the socket module does not have them.
+_RETURN = 0x06
+_ATTACH_FILTER = 26
 STORE_TIMEOUT = timedelta(seconds=60)
 
 
@@ -24,6 +34,30 @@ def open_store(world: int) -> tuple[dist.TCPStore, int]:
         master_listen_fd=listener.detach(),
     )  # fmt: skip
     return store, port
+
+
+def shut_doors() -> None:
+    """From now on no listener of this process lets anybody in; what is connected stays so.
+
+    The store and gloo ask callers for no secret, and gloo keeps every connection. Linux only: elsewhere they stay open,
+    on loopback.
+    """
+    if sys.platform != "linux":
+        return
+    program = ctypes.create_string_buffer(struct.pack("=HBBI", _RETURN, 0, 0, 0))  # a filter that drops every packet
+    for number in Path("/proc/self/fd").iterdir():
+        try:
+            sock = socket.socket(fileno=int(number.name))
+        except OSError:
+            continue  # no socket, or gone by now
+        try:
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                given = struct.pack("@HP", 1, ctypes.addressof(program))
+                sock.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, given)
+        except OSError:
+            log.info("a listener stays open, on loopback: this system has no socket filters")
+        finally:
+            sock.detach()
 
 
 class Incoming:
@@ -53,6 +87,8 @@ class Links:
         timeout = timedelta(seconds=timeout_s)
         bound = device if backend == "nccl" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
+        if backend == "gloo":  # all are connected; NCCL may connect later
+            shut_doors()
 
     def send(self, to: int, tensors: Sequence[torch.Tensor]) -> None:
         """Copy the tensors into one message and send it; returns before it has arrived."""

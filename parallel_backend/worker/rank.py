@@ -39,7 +39,7 @@ from ..protocol import (
     Traced,
     Unload,
 )  # fmt: skip
-from ..tensors import Arena, flatten, place, unflatten
+from ..tensors import Arena, flatten, place
 from .links import Links, open_store
 
 CONNECT_TIMEOUT_S = 30.0
@@ -125,8 +125,7 @@ class Rank:
         return self._arenas[name]
 
     def _tree(self, payload: Payload) -> Any:
-        arena = self._arena(payload.arena)
-        return unflatten(payload.spec, [arena.view(head) for head in payload.heads])
+        return self._arena(payload.arena).tree(payload.spec, payload.heads)
 
     def _trace(self, message: Trace) -> Traced:
         from .models.trace import trace

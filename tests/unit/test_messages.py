@@ -7,14 +7,18 @@ import json
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from leapfrog.parallel_backend import LeapfrogError, channel, protocol
-from leapfrog.parallel_backend.channel import Channel, admit, knock, listen
+from leapfrog.parallel_backend.channel import Channel, Door, listen
 from leapfrog.parallel_backend.errors import HINTS, ErrorReport
 from leapfrog.parallel_backend.protocol import Done, FromHost, FromRank, Loaded
 from leapfrog.parallel_backend.report import TRACE_DIR, RunReport
@@ -69,7 +73,7 @@ HOST_MESSAGES = [
 ]  # fmt: skip
 RANK_MESSAGES = [
     protocol.Hello(0, 3), protocol.Ready(1, 5), Loaded(3, 9, 1, ["a"], 0.25),
-    protocol.Traced(2, [protocol.UnitTrace("a", 0.5, 8)], FLOW, 0.1, 0.2, 3, None, "cpu"),
+    protocol.Traced(2, [protocol.UnitTrace(unit, 0.5, 8) for unit in "ab"], FLOW, 0.1, 0.2, 3, None, "cpu"),
     Done(4, PAYLOAD, 1.0, 2.0, 0.5, 7, 0.25), protocol.Failed(5, REPORT), protocol.Ok(6),
 ]  # fmt: skip
 
@@ -95,9 +99,6 @@ def test_a_channel_carries_messages_and_respects_deadlines():
         host.receive(0.01)
     rank.send(REPORTED := protocol.Failed(1, REPORT))
     assert host.receive(5) == REPORTED
-    rank.connection.send_bytes(b"\xc1 not msgpack")
-    with pytest.raises(msgspec.MsgspecError):
-        host.receive(5)
     rank.close()
     with pytest.raises((EOFError, OSError)):
         host.receive(5)
@@ -111,16 +112,113 @@ def tcp_pair() -> tuple[socket.socket, socket.socket]:
 
 
 @pytest.fixture
-def listener() -> Iterator[socket.socket]:
-    with listen() as made:
+def wire() -> Iterator[tuple[socket.socket, Channel[Any]]]:
+    """(the other end as a plain socket, the host's channel)"""
+    left, right = tcp_pair()
+    host: Channel[Any] = Channel(right, FromRank, 0.2)
+    yield left, host
+    left.close()
+    host.close()
+
+
+def test_half_a_message_keeps_nobody_past_the_deadline(wire: tuple[socket.socket, Channel[Any]]):
+    other, host = wire
+    frame = framed(protocol.Failed(1, REPORT))
+    for part in (frame[:2], frame[2:9]):
+        other.sendall(part)
+        with pytest.raises(TimeoutError):
+            host.receive(0.02)
+    other.sendall(frame[9:] + framed(protocol.Ok(2)))
+    assert host.receive(5) == protocol.Failed(1, REPORT)
+    assert host.receive(5) == protocol.Ok(2)
+
+
+@pytest.mark.parametrize("length", [protocol.MAX_MESSAGE + 1, 2**31, 2**32 - 1])
+def test_a_message_over_the_bound_ends_the_channel(wire: tuple[socket.socket, Channel[Any]], length: int):
+    other, host = wire
+    other.sendall(length.to_bytes(4, "big") + bytes(64))
+    with pytest.raises(OSError, match="announced"):
+        host.receive(5)
+    with pytest.raises(OSError, match="announced"):
+        host.receive(5)
+    with pytest.raises(ValueError, match="over the bound"):
+        host.send(protocol.Failed(1, ErrorReport("rank_error", "x" * protocol.MAX_MESSAGE)))
+
+
+def test_an_announced_message_takes_no_memory(wire: tuple[socket.socket, Channel[Any]]):
+    other, host = wire
+    other.sendall(protocol.MAX_MESSAGE.to_bytes(4, "big"))
+    tracemalloc.start()
+    with pytest.raises(TimeoutError):
+        host.receive(0.02)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 18
+
+
+def test_a_message_that_nobody_takes_ends_the_channel(wire: tuple[socket.socket, Channel[Any]]):
+    _other, host = wire
+    large = protocol.Failed(1, ErrorReport("rank_error", "x" * (protocol.MAX_MESSAGE - 200)))
+    with pytest.raises(TimeoutError):
+        host.send(large)
+    with pytest.raises(OSError, match="descriptor"):
+        host.send(protocol.Ok())
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"", b"\xc1", b"\x81\xa2\xff\xff\x01", b"\x91" * 100_000 + b"\x01",
+        b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff", b"\xc6\xff\xff\xff\xff",
+        msgspec.msgpack.encode({"type": "done", "begin": float("nan")}),
+        msgspec.msgpack.encode({"type": "done", "sent": -1}),
+        msgspec.msgpack.encode({"type": "hello", "store_port": 65536}),
+        msgspec.msgpack.encode({"type": "failed", "error": {"code": "no_such_code", "message": ""}}),
+        msgspec.msgpack.encode({"type": "traced", "flow": {"reads": [[1]], "head": [], "outputs": [None]}}),
+        msgspec.msgpack.encode({"type": "done", "output": {"arena": "../a", "spec": 0, "heads": []}}),
+        msgspec.msgpack.encode({"type": "done", "output": {"arena": "a", "spec": 0, "heads": [["float32", [-1], 0]]}}),
+        msgspec.msgpack.encode({"type": "done", "output": {"arena": "a", "spec": 0, "heads": [["object", [1], 0]]}}),
+    ],
+    ids=[
+        "nothing", "no msgpack", "no text", "deep",
+        "a long list", "a long map", "long bytes", "no number", "less than nothing",
+        "no port", "no code", "a unit outside the flow", "no arena", "a negative size", "no dtype",
+    ],
+)  # fmt: skip
+def test_a_malformed_message_is_refused_and_the_next_one_read(wire: tuple[socket.socket, Channel[Any]], body: bytes):
+    other, host = wire
+    other.sendall(len(body).to_bytes(4, "big") + body + framed(protocol.Ok(2)))
+    with pytest.raises(msgspec.MsgspecError):
+        host.receive(5)
+    assert host.receive(5) == protocol.Ok(2)
+
+
+def framed(message: msgspec.Struct) -> bytes:
+    body = msgspec.msgpack.encode(message)
+    return len(body).to_bytes(4, "big") + body
+
+
+@pytest.fixture
+def door() -> Iterator[Door]:
+    with Door(SECRET, 3) as made:
         yield made
 
 
-def admitted(listener: socket.socket, timeout: float = 10) -> int | None:
-    """The rank that is let in next, past callers that are not; None after ``timeout`` seconds."""
+@contextmanager
+def knocking(port: int, rank: int, secret: str = SECRET, timeout_s: float = 10) -> Iterator[Future[socket.socket]]:
+    """A rank that knocks meanwhile, in a thread."""
+    with ThreadPoolExecutor(1) as thread:
+        call = thread.submit(channel.knock, port, rank, secret, timeout_s)
+        yield call
+        if call.exception() is None:
+            call.result().close()
+
+
+def admitted(door: Door, timeout: float = 10) -> int | None:
+    """The rank that is let in next; None after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
-        if caller := admit(listener, SECRET, 0.02):
+        if caller := door.admit(0.02):
             caller[1].close()
             return caller[0]
     return None
@@ -128,34 +226,76 @@ def admitted(listener: socket.socket, timeout: float = 10) -> int | None:
 
 @pytest.mark.parametrize(
     "said",
-    [b"", b"\x00", b"GET / HTTP/1.1\r\n\r\n" * 5, bytes.fromhex("cd" * 32) + b"\x00\x01", bytes.fromhex(SECRET)],
-    ids=["nothing", "a byte", "garbage", "a wrong secret", "no rank"],
+    [b"", b"\x00", b"GET / HTTP/1.1\r\n\r\n" * 5, bytes.fromhex(SECRET) + b"\x00\x01", bytes(66)],
+    ids=["nothing", "a byte", "garbage", "the secret itself", "a wrong proof"],
 )
 @pytest.mark.parametrize("hangs_up", [True, False], ids=["then hangs up", "then waits"])
-def test_a_stranger_is_turned_away_and_the_rank_after_it_let_in(
-    listener: socket.socket, said: bytes, hangs_up: bool, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(channel, "PROOF_TIMEOUT_S", 0.2)
-    port = listener.getsockname()[1]
-    with socket.create_connection(("127.0.0.1", port)) as stranger:
+def test_a_stranger_is_turned_away_and_the_rank_after_it_let_in(door: Door, said: bytes, hangs_up: bool):
+    with socket.create_connection(("127.0.0.1", door.port)) as stranger:
         stranger.sendall(said)
         if hangs_up:
             stranger.close()
-        with knock(port, 258, SECRET, 5):
-            assert admitted(listener) == 258
+        with knocking(door.port, 2):
+            assert admitted(door) == 2
 
 
-def test_a_rank_that_is_slow_to_speak_is_let_in(listener: socket.socket):
-    caller = socket.create_connection(listener.getsockname())
-    late = threading.Timer(0.3, lambda: caller.sendall(bytes.fromhex(SECRET) + b"\x00\x01"))
+def test_slow_callers_do_not_keep_a_rank_waiting(door: Door, monkeypatch: pytest.MonkeyPatch):
+    """Not even where each of them may be slow for ever, and there are more than the door hears at a time."""
+    monkeypatch.setattr(channel, "PROOF_TIMEOUT_S", 3600)
+    crowd = [socket.create_connection(("127.0.0.1", door.port)) for _ in range(100)]
+    for stranger in crowd:
+        stranger.sendall(b"x")
+    with knocking(door.port, 1):
+        assert admitted(door) == 1
+    assert len(door._callers) <= channel.MAX_WAITING
+    for stranger in crowd:
+        stranger.close()
+
+
+def test_a_slow_caller_is_turned_away(door: Door, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(channel, "PROOF_TIMEOUT_S", 0.05)
+    with socket.create_connection(("127.0.0.1", door.port)) as stranger:
+        assert admitted(door, 0.5) is None
+        stranger.settimeout(5)
+        assert len(stranger.recv(100)) == 32
+        assert stranger.recv(100) == b""
+
+
+def test_a_rank_that_is_slow_to_speak_is_let_in(door: Door):
+    caller = socket.create_connection(("127.0.0.1", door.port))
+    late = threading.Timer(0.3, channel.prove, (caller, 1, SECRET))
     late.start()
-    assert admitted(listener) == 1
+    assert admitted(door) == 1
     late.join()
     caller.close()
 
 
-def test_nobody_comes(listener: socket.socket):
-    assert admit(listener, SECRET, 0.01) is None
+@pytest.mark.parametrize("rank", [3, 1], ids=["of another pool", "that is there already"])
+def test_a_rank_that_is_not_expected_is_turned_away(door: Door, rank: int):
+    with knocking(door.port, 1):
+        assert admitted(door) == 1
+    with knocking(door.port, rank, timeout_s=0.2) as call:
+        assert admitted(door, 1) is None
+        assert isinstance(call.exception(), ConnectionError)
+
+
+def test_a_proof_is_good_for_one_connection(door: Door):
+    with (
+        socket.create_connection(("127.0.0.1", door.port)) as stranger,
+        listen() as trap,
+        knocking(trap.getsockname()[1], 0, timeout_s=0.5) as rank,
+    ):
+        victim = trap.accept()[0]
+        victim.sendall(bytes(32))
+        stranger.sendall(victim.recv(66, socket.MSG_WAITALL))
+        assert admitted(door, 0.2) is None
+        victim.sendall(bytes(32))  # does not know the secret
+        trap.close()
+        assert isinstance(rank.exception(), ConnectionError)
+
+
+def test_nobody_comes(door: Door):
+    assert door.admit(0.01) is None
 
 
 @pytest.fixture

@@ -109,13 +109,46 @@ def test_rows_of_a_head_are_rows_of_the_tensor(data: st.DataObject, rows: int, r
         TensorHead("float32", (1,), -4),
         TensorHead("float32", (-1, -1), 0),
         TensorHead("float32", (-4,), 4096),
-        TensorHead("int64", (2**40, 2**40), 0),
+        TensorHead("int64", (2**20, 2**20), 0),
         TensorHead("uint8", (0,), 4097),
     ],
 )
 def test_a_head_outside_the_arena_is_refused(arena: Arena, head: TensorHead):
     with pytest.raises(ValueError, match="outside the arena"):
         arena.view(head)
+
+
+HUGE: Any = 2**40
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        TensorHead("float32", (HUGE, HUGE), 0),
+        TensorHead("float32", (0, HUGE, HUGE), 0),
+        TensorHead("float32", (1,) * 17, 0),
+        TensorHead("float32", (1,), 2),
+        TensorHead("complex128", (1,), 0),  # type: ignore[arg-type]
+    ],
+    ids=["large", "large and empty", "dimensions", "across", "dtype"],
+)
+def test_a_head_of_no_tensor_is_refused(arena: Arena, head: TensorHead):
+    with pytest.raises(ValueError, match="tensor"):
+        arena.view(head)
+
+
+def test_tensors_on_each_other_are_refused(arena: Arena):
+    heads = [TensorHead("uint8", (1024,), 64)] * 5
+    with pytest.raises(ValueError, match="on each other"):
+        arena.tree(["l", [["t", i] for i in range(5)]], heads)
+
+
+def test_a_copy_of_a_tree_stays_as_it_was(arena: Arena):
+    head = TensorHead("uint8", (4,), 64)
+    arena.view(head).fill_(1)
+    in_place, copied = arena.tree(["t", 0], [head]), arena.tree(["t", 0], [head], copy=True)
+    arena.view(head).fill_(2)
+    assert (in_place.tolist(), copied.tolist()) == ([2] * 4, [1] * 4)
 
 
 def test_an_arena_leaves_nothing_behind():
@@ -145,8 +178,9 @@ def test_a_malformed_tree_raises_nothing_but_value_error(spec: Any):
 @pytest.mark.parametrize(
     "spec",
     [
-        None, "t", [], ["t"], ["z", 1], ["t", 1], ["t", -1], ["t", "0"], ["t", True], ["l", 3], ["u", None], ["d", 3],
+        None, "t", [], ["t"], ["z", 1], ["t", 1], ["t", -1], ["t", "0"], ["t", False], ["l", 3], ["u", None], ["d", 3],
         ["d", [["v", 1]]], ["d", [[["l", []], ["v", 1]]]], ["y", "float128"], ["y", []], [["t"], 0],
+        ["v", []], ["v", b""], ["l", "ab"], ["l", [["t", 0], ["t", 0]]],
     ],
 )  # fmt: skip
 def test_a_malformed_tree_is_refused(spec: Any):
@@ -162,8 +196,17 @@ def test_a_tree_that_nests_for_ever_is_refused():
         unflatten(spec, [])
 
 
+def test_what_nests_too_deeply_cannot_travel():
+    inside_itself: list[Any] = []
+    inside_itself.append(inside_itself)
+    with pytest.raises(TypeError, match="options nests deeper than 16"):
+        flatten(inside_itself, "options")
+
+
 def test_what_cannot_travel_is_named_with_its_place():
     with pytest.raises(TypeError, match=r"options\['a'\]\[1\] is a builtins\.object"):
         flatten({"a": [1, object()]}, "options")
+    with pytest.raises(TypeError, match=r"options\['a'\] is a torch\.dtype"):
+        flatten({"a": torch.complex128}, "options")
     with pytest.raises(TypeError, match="complex128"):
         place([torch.zeros(1, dtype=torch.complex128)])

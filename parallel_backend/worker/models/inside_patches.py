@@ -16,6 +16,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from torch.overrides import get_overridable_functions
 
 OWN_PACKAGES = {"comfy", "comfy_extras"}
 KEPT = 8
@@ -118,12 +119,16 @@ class _Builder:
     def _build_named(self, number: int, module: str, qualname: str) -> None:
         if module == "torch":
             thing: Any = getattr(torch, qualname, None)
-            if not isinstance(thing, BuiltinFunctionType):
+            # those that compute with tensors; others open files or change how this process computes
+            if not isinstance(thing, BuiltinFunctionType) or thing not in get_overridable_functions()[torch]:
                 raise TypeError(f"torch.{qualname} is no function that a patch may name")
         else:
-            thing = _find(vars(_own_module(module)), qualname)
+            own = _own_module(module)
+            thing = _find(vars(own), qualname)
             if not isinstance(thing, FunctionType | type):
                 raise ValueError(f"this ComfyUI has no {module}.{qualname}")
+            if (thing.__module__ != module) if isinstance(thing, type) else (thing.__globals__ is not vars(own)):
+                raise TypeError(f"{module} only imports {qualname}")
         self.objects[number] = thing
 
     def _build_function(
@@ -148,11 +153,16 @@ class _Builder:
         vars(function).update(self.value(attributes) or {})
 
     def _build_bound(self, number: int, receiver: Any, function: Any) -> None:
-        self.objects[number] = MethodType(self.value(function), self.value(receiver))
+        own = self.value(function)
+        if not isinstance(own, FunctionType):
+            raise TypeError("only a function of ComfyUI's own can be bound")
+        self.objects[number] = MethodType(own, self.value(receiver))
 
     def _build_instance(self, number: int, cls: Any, attributes: list[Any]) -> None:
-        kind = self.value(cls)
-        made = self.objects[number] = kind.__new__(kind)
+        kind: Any = self.value(cls)
+        if not isinstance(kind, type):
+            raise TypeError("only a class has instances")
+        made = self.objects[number] = object.__new__(kind)
         vars(made).update((name, self.value(value)) for name, value in attributes)
 
 

@@ -20,7 +20,7 @@ from .loader import build, weight_bytes
 
 SMALL = 1 << 16
 MARK = "leapfrog_reads"
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # Inference tensors do not tell whether they were changed in place.
