@@ -29,7 +29,8 @@ class Setting:
 
 SETTINGS: Mapping[str, Setting] = {
     "LEAPFROG_STEP_TIMEOUT": Setting("600", "seconds"),
-    "LEAPFROG_IDLE_S": Setting("0", "seconds"),
+    "LEAPFROG_START_TIMEOUT": Setting("180", "seconds"),
+    "LEAPFROG_IDLE_S": Setting("3600", "seconds"),
     "LEAPFROG_TRACE_DIR": Setting("no traces", "folder"),
     "LEAPFROG_SHARE_GPU": Setting("0", "0 or 1"),
 }
@@ -45,11 +46,10 @@ def choices(sheet: Sheet, text: str) -> tuple[str, ...]:
         sheet.failed("devices", error.report.message, error.report.hint)
         return ()
     sheet.row("devices", f"'{text}' is {count(split.devices)}")
-    alone = len(split.devices) == 1
-    why = (
-        "none, a device alone talks to nobody" if alone else f"{_backend(split.devices)}, {why_backend(split.devices)}"
-    )
-    sheet.row("backend", why)
+    if len(split.devices) > 1:
+        sheet.row("backend", f"{backend_of(split.devices)}, {why_backend(split.devices)}")
+    else:
+        sheet.row("backend", "none: a device alone talks to nobody")
     sheet.row("Async UNet Split", "\n".join(_split_text(split)))
     for line in _lanes_text(lanes):
         sheet.row("ParaStep Sampler" if line.startswith("CFG above") else "", line)
@@ -60,6 +60,11 @@ def count(devices: Sequence[str]) -> str:
     """Devices in words."""
     named = ", ".join(devices)
     return f"{len(devices)} devices: {named}" if len(devices) > 1 else f"one device: {named}"
+
+
+def backend_of(devices: Sequence[str]) -> str:
+    """What ranks on these devices talk: "nccl" or "gloo"."""
+    return _backend(devices)
 
 
 def why_backend(devices: Sequence[str]) -> str:

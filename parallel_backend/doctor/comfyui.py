@@ -22,9 +22,9 @@ USAGE = 2
 
 
 def find_comfyui(given: str | None) -> Path | None:
-    """ComfyUI's folder: the one given, else one around the pack, around the current folder, or $COMFYUI_DIR.
+    """ComfyUI's folder: the one given, else one around the pack or the current folder, else that of a checkout.
 
-    The pack may be a link in custom_nodes; both ends of it are looked at.
+    The pack may be a link in custom_nodes: the path that the user wrote comes first.
     """
     if given:
         starts = [Path(given).expanduser().absolute()]
@@ -36,10 +36,11 @@ def find_comfyui(given: str | None) -> Path | None:
 
 
 def _candidates() -> Iterator[Path]:
-    for start in (PACK, PACK.resolve(), Path.cwd() / "ComfyUI", PACK / ".comfyui"):
+    for start in (Path(sys.argv[0]).absolute(), PACK, Path.cwd() / "ComfyUI"):
         yield from (start, *start.parents)
-    if os.environ.get("COMFYUI_DIR"):
+    if os.environ.get("COMFYUI_DIR"):  # as the scripts of a checkout look for it
         yield Path(os.environ["COMFYUI_DIR"]).expanduser().absolute()
+    yield PACK / ".comfyui"
 
 
 def _is_comfyui(folder: Path) -> bool:
@@ -82,7 +83,8 @@ def nodes_in_comfyui(
     else:
         sheet.failed(
             "nodes", f"ComfyUI ended with exit code {process.returncode}. Its last words: {last}",
-            "Start ComfyUI itself with the same Python: if it says the same, its installation is broken.",
+            "Start ComfyUI itself with the same Python: if it says the same, its installation is broken; if not, "
+            "please report this.",
         )  # fmt: skip
     sheet.last_words(words)
 

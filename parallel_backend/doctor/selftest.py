@@ -12,7 +12,8 @@ import torch
 
 from ..errors import LeapfrogError
 from ..protocol import Echo, Probe, Probed
-from ..supervisor import ComfyHost, Pool, Tick, _backend, start_pool
+from ..supervisor import ComfyHost, Pool, Tick, acquire, close_all
+from .choice import backend_of
 from .sheet import Sheet
 
 ANSWER_S = 30.0
@@ -33,21 +34,21 @@ def self_test(sheet: Sheet, devices: Sequence[str], host: ComfyHost, tick: Tick)
     said = _Listener()
     with said:
         try:
-            pool = start_pool(devices, host, tick)
+            pool = acquire(devices, host, tick, sheet)
         except LeapfrogError as error:
             _failed(sheet, "start", error, said)
             return
         pids = pool.pids
         try:
             took = f"{time.perf_counter() - began:.1f} s"
-            sheet.row("start", f"ok, {len(devices)} ranks, talking {_backend(devices)}, in {took}{_free(pool)}")
+            sheet.row("start", f"ok, {len(devices)} ranks, talking {backend_of(devices)}, in {took}{_free(pool)}")
             _echo(sheet, pool, tick)
             _links(sheet, pool, tick)
         except LeapfrogError as error:
             _failed(sheet, "answers", error, said)
             return
         finally:
-            pool.close()
+            close_all()
         left = _alive(pids)
         if left:
             sheet.failed("end", f"{left} ranks did not end.", "End these processes by hand, and please report this.")
