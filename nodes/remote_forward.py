@@ -71,7 +71,8 @@ def refuse_hooks(hooks: comfy.hooks.HookGroup | None) -> None:
 def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: tuple, kwargs: dict) -> Any:
     """One call of the denoiser in the ranks; returns on the device of its first argument.
 
-    Raises LeapfrogError, ComfyUI's InterruptProcessingException, or its out-of-memory error.
+    Raises LeapfrogError (which is ComfyUI's out-of-memory error, too, where it means that), or ComfyUI's
+    InterruptProcessingException.
     """
     x = args[0]
     options = kwargs.get("transformer_options", {})
@@ -82,29 +83,24 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
         refuse_hooks(patcher.current_hooks)
     patches = patches_of(patcher)
     pending: Any
+    if isinstance(denoiser, LanesDenoiser):
+        tree = (args, {**kwargs, "transformer_options": per_row(going, _rows(x))})
+        alone = of_one_sigma(patcher.model.diffusion_model, going)
+        pending = denoiser.submit(tree, x, int(kwargs.get("num_video_frames", 1)), patches, tick, alone)
+    else:
+        tree = (args, {**kwargs, "transformer_options": going})
+        stale = denoiser.plan.mode == "asyncdiff"
+        pending = denoiser.submit(
+            tree, x, patches, tick, chunks=options.get("cond_or_uncond") or [0],
+            stream=_stream(patcher, {**options, **going}, x),
+            times=_times(patcher, options) if stale else (1.0, 1.0), ahead=ahead(),
+        )  # fmt: skip
     try:
-        if isinstance(denoiser, LanesDenoiser):
-            tree = (args, {**kwargs, "transformer_options": per_row(going, _rows(x))})
-            alone = of_one_sigma(patcher.model.diffusion_model, going)
-            pending = denoiser.submit(tree, x, int(kwargs.get("num_video_frames", 1)), patches, tick, alone)
-        else:
-            tree = (args, {**kwargs, "transformer_options": going})
-            stale = denoiser.plan.mode == "asyncdiff"
-            pending = denoiser.submit(
-                tree, x, patches, tick, chunks=options.get("cond_or_uncond") or [0],
-                stream=_stream(patcher, {**options, **going}, x),
-                times=_times(patcher, options) if stale else (1.0, 1.0), ahead=ahead(),
-            )  # fmt: skip
-        try:
-            pause(pending)
-        except BaseException:
-            denoiser.drop(pending)
-            raise
-        output = denoiser.result(pending, tick)
-    except LeapfrogError as error:
-        if error.report.code == "rank_oom":
-            raise torch.OutOfMemoryError(str(error)) from error
+        pause(pending)
+    except BaseException:
+        denoiser.drop(pending)
         raise
+    output = denoiser.result(pending, tick)
     return output.to(x.device) if isinstance(x, torch.Tensor) else [part.to(x[0].device) for part in output]
 
 

@@ -10,8 +10,8 @@ The life of one denoise step, which is also the reading order:
     exact or asynchronous, or which rows go to which rank (``batching.py``).
 3.  The tensors are written to shared memory (``tensors.py``) and one typed message (``protocol.py``) goes down each
     rank's channel (``channel.py``).
-4.  The pool (``supervisor.py``) waits for the replies under a deadline, notices ranks that die, and lets the caller
-    cancel. Processes are started and ended in ``launcher.py`` alone.
+4.  The pool (``pool.py``) waits for the replies under a deadline, notices ranks that die, and lets the caller cancel.
+    ``supervisor.py`` gives it out, ``starting.py`` brings it up; processes are started and ended in ``launcher.py``.
 5.  In a rank (``worker/rank.py``) the component or the whole denoiser runs with ComfyUI's own code; ranks exchange
     hidden states through torch.distributed (``worker/links.py``).
 6.  The result comes back through shared memory; ``report.py`` keeps who did what when.
@@ -24,7 +24,7 @@ from .errors import LeapfrogError
 from .plan import LanesPlan, SplitPlan
 from .protocol import Recipe
 from .rounds import Rounds
-from .supervisor import ComfyHost
+from .starting import ComfyHost
 
 __all__ = [
     "ComfyHost",

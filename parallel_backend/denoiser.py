@@ -15,17 +15,21 @@ from .batching import Rows, batched, rows_of, with_chunks
 from .cutting import FOR_WEIGHTS, choose_cut
 from .errors import LeapfrogError
 from .plan import STALE_MODES, LanesPlan, SplitPlan
+from .pool import Call, Pool, Tick
 from .protocol import Cut, Evaluate, Load, Loaded, Payload, Recipe, Trace, Traced, Unload
 from .report import RunReport
 from .schedules.asyncdiff import Streams
 from .schedules.parastep import Guard, Predictor, row_shares
-from .supervisor import Call, ComfyHost, Pool, Tick, acquire, step_timeout_s
+from .settings import step_timeout_s
+from .starting import ComfyHost
+from .supervisor import acquire
 from .tensors import flatten
 from .units import Flow
 
 log = logging.getLogger("leapfrog")
 WARM_TIMEOUT_S = 30.0
 WARM_TIMEOUT_FACTOR = 20
+UNLOAD_TIMEOUT_S = 30.0
 TRACE_ROUNDS = 3
 
 
@@ -81,7 +85,11 @@ class RemoteDenoiser:
         if self.report and self.report.calls:
             for line in self.report.lines():
                 log.info("Leapfrog: %s", line)
-            path = self.report.save_trace()
+            try:
+                path = self.report.save_trace()
+            except OSError as error:  # the picture is there, and a full disk is no reason to lose it
+                log.warning("Leapfrog: no trace written: %s", error)
+                path = None
             if path:
                 log.info("Leapfrog: trace written to %s", path)
         self.report = None
@@ -92,12 +100,20 @@ class RemoteDenoiser:
             self.report.notes.append(text)
 
     def unload(self) -> None:
-        """Drop the weights in the ranks; the next call loads them again."""
+        """Drop the weights in the ranks; the next call loads them again. Ranks that cannot do so end."""
         pool = self._pool
-        if pool and pool.alive:
-            with pool.lock:
-                pool.memory.pop("loaded", None)
-                pool.request({r: Unload() for r in range(len(self.devices))}, step_timeout_s(), _no_tick)
+        if pool is None:
+            return
+        with pool.lock:
+            if pool.dead:
+                pool.close()
+            if not pool.alive:
+                return
+            pool.memory.pop("loaded", None)
+            try:
+                pool.request({r: Unload() for r in range(len(self.devices))}, UNLOAD_TIMEOUT_S, _no_tick)
+            except LeapfrogError as error:  # no reason to fail what the memory is for
+                log.warning("Leapfrog: the ranks did not unload and are ended: %s", error.report.message)
 
     def close(self) -> None:
         """End the ranks."""
@@ -114,23 +130,44 @@ class RemoteDenoiser:
     def _wait(self, calls: Sequence[Call], ranks: Sequence[int], sizes: Sequence[torch.Size], tick: Tick) -> Call:
         """The first of these calls that has the replies of those of ``ranks`` that it asked."""
         assert self._pool
-        # a call of known size gets a tighter deadline; those before it in the pipeline come first
-        known = max(self._slowest.get(size, step_timeout_s()) for size in sizes)
-        timeout = min(step_timeout_s(), max(WARM_TIMEOUT_S, WARM_TIMEOUT_FACTOR * known))
         with self._pool.lock:
-            return self._pool.wait(calls, ranks, timeout, tick)
+            return self._pool.wait(calls, ranks, self._deadline_s(self._pool, sizes), tick)
+
+    def _deadline_s(self, pool: Pool, sizes: Sequence[torch.Size]) -> float:
+        """How long an answer to calls of these sizes may take: many times as long as it ever took, where that is known.
+
+        Never less than half a minute, nor more than the step timeout.
+        """
+        limit = step_timeout_s()
+        if pool.catching_up:
+            return limit
+        known = max(self._slowest.get(size, limit) for size in sizes)
+        return min(limit, max(WARM_TIMEOUT_S, WARM_TIMEOUT_FACTOR * known))
 
     def _took(self, call: Call, size: torch.Size, sent_at: float) -> None:
         seconds = time.perf_counter() - sent_at
         self._slowest[size] = max(self._slowest.get(size, 0.0), seconds)
-        assert self.report
+        assert self.report and self._pool
         self.report.ended(call.number, seconds)
+        self._look_at_outputs(call)
+
+    def _look_at_outputs(self, call: Call) -> None:
+        """Warn of the first output in a run that is not finite. No error: ComfyUI alone goes on, to a black picture."""
+        assert self.report and self._pool
+        for rank, done in call.replies.items():
+            if not self.report.bad and done.output and not self._pool.is_finite(done.output):
+                self.report.bad = (
+                    f"rank {rank} gave NaN or infinity in denoiser call {call.step}; if ComfyUI alone does so too, the "
+                    "model needs another precision (--bf16-unet, --fp32-unet)"
+                )
+                log.warning("Leapfrog: %s", self.report.bad)
 
     def _ready_pool(self, tick: Tick) -> Pool:
-        if self._pool is None or not self._pool.alive:
-            self._pool = acquire(self.devices, self.host, tick, self)
+        pool = acquire(self.devices, self.host, tick, self)
+        if pool is not self._pool:
+            self._pool = pool
             self._slowest.clear()
-        return self._pool
+        return pool
 
     def _load(self, pool: Pool, cut: Cut | None, lanes: list[list[int]], patches: Patches, tick: Tick) -> list[Loaded]:
         """What the ranks hold, after loading what they do not. ``lanes`` are the ranks of each lane, in order."""
@@ -156,7 +193,8 @@ class RemoteDenoiser:
     def _submit(self, pool: Pool, messages: dict[int, Evaluate], payload: Payload, kind: str, tick: Tick) -> Call:
         assert self.report
         report = self.report
-        call = pool.submit(messages, tick, payload, lambda call, rank, reply: report.replied(call, rank, reply))
+        step = len(report.calls) + 1
+        call = pool.submit(messages, tick, payload, lambda call, rank, reply: report.replied(call, rank, reply), step)
         report.sent(call.number, kind)
         return call
 
@@ -287,7 +325,7 @@ class SplitDenoiser(RemoteDenoiser):
         try:
             self.wait([pending], tick)
             if pending.measured:
-                pool.wait([pending.call], sorted(pending.call.ranks), step_timeout_s(), tick)
+                self._wait([pending.call], sorted(pending.call.ranks), [pending.size], tick)
                 pending.measured(max(reply.drift for reply in pending.call.replies.values()))
             parts = [pool.read(pending.call.replies[rank].output) for rank in pending.finals]
         finally:

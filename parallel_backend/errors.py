@@ -1,12 +1,13 @@
 """What can go wrong, as values: a closed registry of codes, each with a hint that a user can act on.
 
-A rank reports an :class:`ErrorReport`; the host raises it as :class:`LeapfrogError`. ``nodes/`` maps the codes that
-ComfyUI knows (out of memory) to ComfyUI's own exceptions.
+A rank reports an :class:`ErrorReport`; the host adds what only it knows and raises it as :class:`LeapfrogError`, or as
+:class:`RankOutOfMemory`, which ComfyUI takes for its own out-of-memory error.
 """
 
 from __future__ import annotations
 
 import msgspec
+import torch
 
 HINTS = {
     "bad_devices": "Write 'auto', 'cpu,cpu' or CUDA indices such as '0,1'.",
@@ -19,7 +20,10 @@ HINTS = {
     "unsupported_patch": "Remove the node that adds it, or take Leapfrog's node out of this workflow.",
     "unsupported_sampler": "Choose one that KSamplerSelect offers, or take Leapfrog's node out of this workflow.",
     "missing_file": "Put the file back, or choose another one in the loader.",
-    "rank_start": "The log above holds what the rank printed; a free port on 127.0.0.1 and enough memory are needed.",
+    "rank_start": (
+        "A free port on 127.0.0.1 and enough memory are needed. LEAPFROG_START_TIMEOUT (seconds) gives slow disks more "
+        "time."
+    ),
     "rank_died": "The next prompt starts a new pool. If it dies again, the rank's last lines say why.",
     "rank_timeout": "The next prompt starts a new pool. LEAPFROG_STEP_TIMEOUT (seconds) raises the limit.",
     "rank_oom": "Use a smaller size or batch, more components, or devices with more memory.",
@@ -28,17 +32,30 @@ HINTS = {
 
 
 class ErrorReport(msgspec.Struct, frozen=True):
-    """One failure. ``step`` counts the rank's denoiser calls, -1 where there is none; ``rank`` is -1 for the host."""
+    """One failure. ``rank`` is -1 for the host. ``step`` counts the run's denoiser calls from 1; 0 where there is none.
+
+    ``log`` are the last lines that the rank printed. The host fills in ``step`` and ``log``.
+    """
 
     code: str
     message: str
     rank: int = -1
-    step: int = -1
+    step: int = 0
     traceback: str = ""
+    log: tuple[str, ...] = ()
 
     @property
     def hint(self) -> str:
         return HINTS[self.code]
+
+    @property
+    def text(self) -> str:
+        """All that a user should read."""
+        where = f"rank {self.rank}" + (f", denoiser call {self.step}" if self.step else "")
+        lines = [f"{self.message} ({where})" if self.rank >= 0 else self.message, self.hint]
+        if self.log:
+            lines += [f"The last lines of rank {self.rank}:", *(f"  {line}" for line in self.log)]
+        return "\n".join(lines)
 
 
 class LeapfrogError(RuntimeError):
@@ -46,8 +63,7 @@ class LeapfrogError(RuntimeError):
 
     def __init__(self, report: ErrorReport):
         self.report = report
-        where = f" (rank {report.rank})" if report.rank >= 0 else ""
-        super().__init__(f"{report.message}{where}\n{report.hint}")
+        super().__init__(report.text)
 
     @classmethod
     def of(cls, code: str, message: str) -> LeapfrogError:
@@ -57,4 +73,13 @@ class LeapfrogError(RuntimeError):
         return cls(ErrorReport(code=code, message=message))
 
 
-LeapfrogError.__module__ = "leapfrog"  # ComfyUI shows it in front of the message; the real one holds the install's path
+class RankOutOfMemory(LeapfrogError, torch.OutOfMemoryError):
+    """A rank ran out of memory. ComfyUI recovers as from its own: it unloads all models, which ends the ranks."""
+
+
+def error_of(report: ErrorReport) -> LeapfrogError:
+    return (RankOutOfMemory if report.code == "rank_oom" else LeapfrogError)(report)
+
+
+# ComfyUI shows it in front of the message; the real one holds the install's path
+LeapfrogError.__module__ = RankOutOfMemory.__module__ = "leapfrog"

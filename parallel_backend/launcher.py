@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -27,6 +29,9 @@ KEPT = (
     "CUDA_DEVICE_ORDER XDG_CACHE_HOME HF_HUB_OFFLINE"
 ).split()
 KEPT_PREFIXES = ("LEAPFROG_", "NCCL_", "MALLOC_")
+# What worker/rank.py puts in front of the lines that have a level; the rest is what libraries print.
+LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):(.*)")
+MAX_LINE = 4096
 
 
 def rank_environment(device: str, backend: str, threads: int) -> dict[str, str]:
@@ -56,11 +61,16 @@ def _visible(device: str) -> str:
 
 
 class RankProcess:
-    """One rank as an operating system process, with the tail of what it printed."""
+    """One rank as an operating system process. Its log goes to ComfyUI's, and the tail of it is kept.
+
+    Lines keep the level that the rank gave them, and have none below ERROR while it starts: ComfyUI's start-up is
+    noise that the user has read already. What has no level is for debugging.
+    """
 
     def __init__(self, spec: LaunchSpec):
         self.rank = spec.rank
-        self.tail: deque[str] = deque(maxlen=40)
+        self.starting = True
+        self._tail: deque[str] = deque(maxlen=40)
         self._process = subprocess.Popen(
             [sys.executable, str(PACKAGE)],
             stdin=subprocess.PIPE,
@@ -89,12 +99,46 @@ class RankProcess:
     def exit_code(self) -> int | None:
         return self._process.poll()
 
+    @property
+    def how_it_ended(self) -> str:
+        """ "ended with exit code 1", "was ended by SIGKILL ...", or "" while it lives."""
+        code = self.exit_code
+        if code is None:
+            return ""
+        if code >= 0 or os.name != "posix":
+            return f"ended with exit code {code}"
+        why = ", as the system does when memory runs out" if -code == signal.SIGKILL else ""
+        return f"was ended by {_signal_name(-code)}{why}"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it is halted (SIGSTOP, a debugger); only known on Linux."""
+        try:
+            status = Path(f"/proc/{self.pid}/stat").read_text(errors="replace")
+        except OSError:
+            return False
+        return status.rpartition(")")[2].split()[0] in ("T", "t")
+
+    def last_lines(self, count: int) -> tuple[str, ...]:
+        """The end of what it printed; of a process that has ended, its last words."""
+        if self.exit_code is not None:
+            self._pump.join(0.5)
+        return tuple(self._tail)[-count:]
+
     def _pump_log(self) -> None:
+        # Whatever happens to the log, the pipe must not fill: the rank would stop at its next line.
         assert self._process.stdout
-        for raw in self._process.stdout:
+        while raw := self._process.stdout.readline(MAX_LINE):
             line = raw.decode(errors="replace").rstrip()
-            self.tail.append(line)
-            log.debug("[rank %d] %s", self.rank, line)
+            tagged = LEVEL.fullmatch(line)
+            level, text = (logging.getLevelName(tagged[1]), tagged[2]) if tagged else (logging.DEBUG, line)
+            self._tail.append(text)
+            if self.starting and level < logging.ERROR:
+                level = logging.DEBUG
+            try:
+                log.log(level, "[Leapfrog rank %d] %s", self.rank, text)
+            except Exception:  # another pack's log handler
+                continue
 
     def end(self, grace_s: float) -> None:
         """Close the death pipe, wait ``grace_s``, then kill. The process is gone when this returns."""
@@ -109,5 +153,12 @@ class RankProcess:
             self._process.kill()
             self._process.wait(10)
         self._pump.join(2)
-        if self._process.stdout:
+        if self._process.stdout and not self._pump.is_alive():
             self._process.stdout.close()
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

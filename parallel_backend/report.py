@@ -32,7 +32,8 @@ class RunReport:
     """Collected by the host while a run goes on.
 
     ``calls`` are the denoiser calls in the order in which they were sent, with their kinds, and ``seconds`` the time
-    from sending each to having its result; calls may overlap. ``notes`` are shown as they are.
+    from sending each to having its result; calls may overlap. ``notes`` are shown as they are. ``bad`` tells of the
+    first output that was not finite.
     """
 
     title: str
@@ -42,6 +43,7 @@ class RunReport:
     calls: dict[int, str] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    bad: str = ""
     began: float = field(default_factory=time.perf_counter)
     ended_at: float = 0.0
 
@@ -75,7 +77,7 @@ class RunReport:
                 f"  rank {rank} on {device}{span}: {held.nbytes / 1e6:.1f} MB of weights, busy {busy / wall:.0%}, "
                 f"{sent / 1e3:.0f} kB sent per call"
             )
-        return lines + [f"  {note}" for note in self.notes]
+        return lines + [f"  {note}" for note in (self.bad, *self.notes) if note]
 
     def save_trace(self) -> Path | None:
         """Write the run as Chrome trace JSON into the folder named by LEAPFROG_TRACE_DIR; None where it is not set."""

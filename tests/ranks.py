@@ -16,7 +16,7 @@ import tiny_models
 from generation import Request, generate
 from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
 from leapfrog.parallel_backend import supervisor
-from leapfrog.parallel_backend.supervisor import Pool
+from leapfrog.parallel_backend.pool import Pool
 
 torch.set_num_threads(1)  # the ranks have a core each
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import importlib
 import logging
@@ -46,18 +47,19 @@ from .probe import probe
 
 CONNECT_TIMEOUT_S = 30.0
 MAPPED_ARENAS = 16
-log = logging.getLogger("leapfrog.rank")
+OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
 
 
 def run_rank(orders: bytes) -> None:
     """Serve one host until it says stop or goes away."""
     spec = msgspec.json.decode(orders, type=LaunchSpec)
+    log_with_levels()
     sock = knock(spec.port, spec.rank, spec.secret, CONNECT_TIMEOUT_S)
     channel: Channel[FromHost] = Channel(sock, FromHost)
     try:
         rank = _start(spec, channel)
     except Exception as error:
-        channel.send(Failed(error=_report(error, spec.rank, -1)))
+        channel.send(Failed(error=_report(error, spec.rank)))
         raise
     rank.serve()
 
@@ -115,7 +117,7 @@ class Rank:
                 with torch.inference_mode():
                     reply = self._handlers[type(message)](message)
             except Exception as error:
-                reply = Failed(error=_report(error, self._spec.rank, self._step))
+                reply = Failed(error=_report(error, self._spec.rank))
             reply.call = message.call
             self._channel.send(reply)
 
@@ -216,12 +218,34 @@ class Rank:
         return Payload(arena.name, spec, heads)
 
 
-def _report(error: Exception, rank: int, step: int) -> ErrorReport:
-    oom = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+def _report(error: Exception, rank: int) -> ErrorReport:
     return ErrorReport(
-        code="rank_oom" if oom else "rank_error",
+        code="rank_oom" if _is_oom(error) else "rank_error",
         message=f"{type(error).__name__}: {error}",
         rank=rank,
-        step=step,
         traceback=traceback.format_exc(),
     )
+
+
+def _is_oom(error: BaseException | None) -> bool:
+    """Whether memory ran out, as any library says it; also behind an error that was raised in its place."""
+    if error is None:
+        return False
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    known = known or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return known or any(said in str(error) for said in OUT_OF_MEMORY) or _is_oom(error.__cause__)
+
+
+class LinesWithLevel(logging.Formatter):
+    """Every line with its level in front, which ``launcher.py`` reads off again."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(f"{record.levelname}:{line}" for line in super().format(record).splitlines())
+
+
+def log_with_levels() -> None:
+    """Send this process's log, and Python's warnings, to the host."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LinesWithLevel())
+    logging.getLogger().addHandler(handler)
+    logging.captureWarnings(True)

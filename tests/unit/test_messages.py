@@ -48,7 +48,7 @@ def test_the_registry_holds_exactly_the_codes_in_use():
 @pytest.mark.parametrize("code", sorted(HINTS))
 def test_an_error_says_what_happened_where_and_what_to_do(code: str):
     error = LeapfrogError(ErrorReport(code, "It went wrong.", rank=1, step=3))
-    assert str(error) == f"It went wrong. (rank 1)\n{HINTS[code]}"
+    assert str(error) == f"It went wrong. (rank 1, denoiser call 3)\n{HINTS[code]}"
     assert HINTS[code].endswith(".")
 
 

@@ -32,7 +32,7 @@ def no_rank_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> None:
         raise AssertionError("a rank was about to start")
 
-    monkeypatch.setattr(supervisor, "start_pool", refuse)
+    monkeypatch.setattr(supervisor, "start_ranks", refuse)
     monkeypatch.setattr(supervisor, "_pools", {})
 
 

@@ -1,0 +1,346 @@
+"""The pool: all ranks. Asks them things under a deadline, notices when one dies or hangs, says who is to blame.
+
+Its life is a :class:`State`, which the pool alone changes: ``starting.py`` brings the ranks up and ``supervisor.py``
+decides who gets a pool and when it has to go.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait as wait_for_any
+from typing import Any
+
+import msgspec
+import torch
+
+from .channel import Channel
+from .errors import ErrorReport, LeapfrogError, error_of
+from .launcher import RankProcess
+from .protocol import Failed, FromRank, HostMessage, Payload, RankMessage, Stop
+from .settings import step_timeout_s
+from .tensors import Arena, flatten, place, unflatten
+
+log = logging.getLogger("leapfrog")
+POLL_S = 0.02
+END_GRACE_S = 2.0
+SPARE = 1.25
+MAX_ARENAS = 12
+LAST_LINES = 10
+
+Tick = Callable[[], None]
+
+
+class State(enum.Enum):
+    """Where a pool is in its life. Busy: somebody waits for an answer. Failed and stopped: no process is left."""
+
+    STARTING = "starting"
+    READY = "ready"
+    BUSY = "busy"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+ENDED = {State.FAILED, State.STOPPED}
+NEXT = {
+    State.STARTING: {State.READY, *ENDED},
+    State.READY: {State.BUSY, *ENDED},
+    State.BUSY: {State.READY, *ENDED},
+    State.FAILED: set(),
+    State.STOPPED: set(),
+}
+
+
+@dataclass(eq=False)
+class Call:
+    """Messages that went to some ranks. ``replies`` fill up, each handed to ``on_reply`` as it comes in.
+
+    ``step`` is which denoiser call of the run it is, from 1; 0 for anything else.
+    """
+
+    number: int
+    ranks: frozenset[int]
+    arena: str = ""
+    on_reply: Callable[[int, int, Any], None] | None = None
+    step: int = 0
+    replies: dict[int, Any] = field(default_factory=dict)
+    wanted: bool = True
+
+    @property
+    def complete(self) -> bool:
+        return len(self.replies) == len(self.ranks)
+
+
+class Pool:
+    """The ranks on some devices, from their start to their end.
+
+    Not for several threads at once: callers hold :attr:`lock` for a whole request. :meth:`close` may come from any.
+    Each rank works through its messages in the order in which they were sent, so several calls can be under way.
+    ``memory`` is a place for callers to keep what they know about this pool's ranks (what is loaded, say). ``users``
+    are the objects that may come back for it. ``free`` are the bytes that each device had free at the start, None
+    where nobody counts. ``used_at`` is when it was last asked for something, ``had_users_at`` when it was last seen to
+    have users.
+    """
+
+    def __init__(self, devices: Sequence[str]):
+        self.devices = tuple(devices)
+        self.free: list[int | None] = []
+        self.lock = threading.RLock()
+        self.memory: dict[str, Any] = {}
+        self.users: weakref.WeakSet[object] = weakref.WeakSet()
+        self.used_at = self.had_users_at = time.monotonic()
+        self.processes: list[RankProcess] = []
+        self.channels: dict[int, Channel[FromRank]] = {}
+        self._state = State.STARTING
+        self._changing = threading.Lock()
+        self._calls: dict[int, Call] = {}
+        self._number = 0
+        self._arenas: dict[str, Arena] = {}
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def alive(self) -> bool:
+        return self._state not in ENDED
+
+    @property
+    def pids(self) -> list[int]:
+        return [p.pid for p in self.processes]
+
+    @property
+    def dead(self) -> list[RankProcess]:
+        """The ranks whose processes have ended although nobody asked them to."""
+        return [process for process in self.processes if self.alive and process.exit_code is not None]
+
+    @property
+    def catching_up(self) -> bool:
+        """Whether ranks may still be at work on what nobody wants any more."""
+        return any(not call.wanted for call in self._calls.values())
+
+    def _become(self, state: State) -> bool:
+        """Whether the state changed. A pool that has ended stays as it is, whoever was first to end it."""
+        with self._changing:
+            if self._state is state or not self.alive:
+                return False
+            if state not in NEXT[self._state]:
+                raise RuntimeError(f"a pool that is {self._state.value} cannot become {state.value}")
+            self._state = state
+            return True
+
+    def opened(self, free: Sequence[int | None]) -> None:
+        """All ranks have started."""
+        self.free = list(free)
+        for process in self.processes:
+            process.starting = False
+        self._become(State.READY)
+
+    def _settle(self) -> None:
+        """Somebody waits, or nobody does any more."""
+        self.used_at = time.monotonic()
+        self._become(State.BUSY if any(call.wanted for call in self._calls.values()) else State.READY)
+
+    def payload(self, tree: Any, tick: Tick, reserve: int = 0, where: str = "value") -> tuple[Payload, int]:
+        """Write a tree into an arena that no call uses; returns it with the offset of ``reserve`` free bytes after it.
+
+        Raises LeapfrogError unsupported_patch, with the place in the tree, for a value that cannot travel.
+        """
+        try:
+            spec, tensors = flatten(tree, where)
+            heads, end = place(tensors)
+        except TypeError as error:
+            raise LeapfrogError.of("unsupported_patch", f"{error}.") from None
+        arena = self._free_arena(end + reserve, tick)
+        arena.write(tensors, heads)
+        return Payload(arena.name, spec, heads), end
+
+    def _free_arena(self, size: int, tick: Tick) -> Arena:
+        deadline = time.monotonic() + step_timeout_s()
+        while True:
+            used = {call.arena for call in self._calls.values()}
+            free = [arena for name, arena in self._arenas.items() if name not in used]
+            large = [arena for arena in free if arena.size >= size]
+            if large:
+                return large[0]
+            if free:
+                self._arenas.pop(free[0].name).close()
+            if len(self._arenas) < MAX_ARENAS:
+                arena = Arena.create(int(size * SPARE))
+                self._arenas[arena.name] = arena
+                return arena
+            self._pump(deadline, tick)
+
+    def read(self, payload: Payload) -> Any:
+        """A copy of a payload's tree."""
+        arena = self._arenas[payload.arena]
+        return unflatten(payload.spec, [arena.view(head).clone() for head in payload.heads])
+
+    def is_finite(self, payload: Payload) -> bool:
+        """Whether there is neither NaN nor infinity in a payload's tensors."""
+        arena = self._arenas[payload.arena]
+        return all(bool(torch.isfinite(arena.view(head)).all()) for head in payload.heads)
+
+    def submit(
+        self,
+        messages: Mapping[int, HostMessage],
+        tick: Tick,
+        using: Payload | None = None,
+        on_reply: Callable[[int, int, Any], None] | None = None,
+        step: int = 0,
+    ) -> Call:
+        """Send one message per rank and return at once. The arena of ``using`` stays untouched until the call is
+        complete and :meth:`done`. ``tick`` is called first and may raise to give up."""
+        tick()
+        self._number += 1
+        call = Call(self._number, frozenset(messages), using.arena if using else "", on_reply, step)
+        self._calls[call.number] = call
+        self._settle()
+        for rank, message in messages.items():
+            message.call = call.number
+            try:
+                self.channels[rank].send(message)
+            except OSError:
+                self._receive(rank)  # raises with the reason
+        return call
+
+    def done(self, call: Call) -> None:
+        """Nobody will look at this call again."""
+        call.wanted = False
+        if call.complete:
+            self._calls.pop(call.number, None)
+        self._settle()
+
+    def wait(self, calls: Sequence[Call], ranks: Sequence[int], timeout_s: float, tick: Tick) -> Call:
+        """Wait until one of the calls has the replies of those of ``ranks`` that it asked; returns the first such.
+
+        ``tick`` is called every 20 ms and may raise to give up. Raises LeapfrogError (rank_died, rank_timeout, what
+        a rank reported); the pool is then closed.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            for call in calls:
+                if self._calls.get(call.number) is not call:
+                    raise LeapfrogError.of("rank_died", "The ranks were ended while they computed.")
+                if all(rank in call.replies for rank in ranks if rank in call.ranks):
+                    return call
+            self._pump(deadline, tick)
+
+    def request(
+        self, messages: Mapping[int, HostMessage], timeout_s: float, tick: Tick, using: Payload | None = None
+    ) -> dict[int, Any]:
+        """Send one message per rank and wait for all replies; errors as in :meth:`wait`."""
+        call = self.submit(messages, tick, using)
+        try:
+            self.wait([call], list(messages), timeout_s, tick)
+        finally:
+            self.done(call)
+        return call.replies
+
+    def _pump(self, deadline: float, tick: Tick) -> None:
+        """Take in what has arrived; the wait is short. Past the deadline a rank that owes an answer is blamed."""
+        owing = {rank for call in self._calls.values() for rank in self._owing(call)}
+        connections = {id(self.channels[rank].connection): rank for rank in owing}
+        waiting = [self.channels[rank].connection for rank in owing]
+        arrived = wait_for_any(waiting, timeout=min(POLL_S, max(0.0, deadline - time.monotonic())))
+        for connection in arrived:
+            rank = connections[id(connection)]
+            reply = self._receive(rank)
+            call = self._calls.get(reply.call)
+            if call is None:
+                continue
+            call.replies[rank] = reply
+            if call.on_reply:
+                call.on_reply(call.number, rank, reply)
+            if call.complete and not call.wanted:
+                del self._calls[call.number]
+        if not arrived:
+            if time.monotonic() > deadline:
+                raise self._late()
+            tick()
+
+    @staticmethod
+    def _owing(call: Call) -> frozenset[int]:
+        return call.ranks - call.replies.keys()
+
+    def _receive(self, rank: int) -> RankMessage:
+        try:
+            reply = self.channels[rank].receive(1.0)
+        except (EOFError, OSError, TimeoutError, msgspec.MsgspecError):
+            self._wait_for_end([self.processes[rank]], 1.0)
+            raise self._died(rank) from None
+        if isinstance(reply, Failed):
+            # a rank whose neighbour died fails too, and may be heard first
+            others = [process for process in self.processes if process.rank != rank]
+            dead = self._wait_for_end(others, 0.2)
+            if dead is not None:
+                raise self._died(dead)
+            raise self.broken(reply.error or ErrorReport("rank_error", "A rank failed without a reason.", rank))
+        return reply
+
+    @staticmethod
+    def _wait_for_end(processes: Sequence[RankProcess], seconds: float) -> int | None:
+        """The rank of the first of these processes that has ended, None if none has within ``seconds``."""
+        limit = time.monotonic() + seconds
+        while True:
+            for process in processes:
+                if process.exit_code is not None:
+                    return process.rank
+            if time.monotonic() > limit:
+                return None
+            time.sleep(0.005)
+
+    def _died(self, rank: int) -> LeapfrogError:
+        how = self.processes[rank].how_it_ended or "broke the connection"
+        return self.broken(ErrorReport("rank_died", f"The process of a rank {how}.", rank))
+
+    def _late(self) -> LeapfrogError:
+        owing = [self._owing(call) for call in self._calls.values()]
+        # a rank waits only for ranks before it, which have answered all the earlier calls
+        oldest = next(filter(None, owing))
+        rank = self.culprit(frozenset().union(*owing), oldest)
+        halted = " Its process is halted (SIGSTOP, a debugger)." if self.processes[rank].stopped else ""
+        return self.broken(ErrorReport("rank_timeout", f"A rank did not answer in time.{halted}", rank))
+
+    def culprit(self, silent: Iterable[int], suspects: Container[int] = ()) -> int:
+        """Of ranks that do not answer, the one that the others may be waiting for: halted, or the first suspect."""
+        return min(silent, key=lambda rank: (not self.processes[rank].stopped, rank not in suspects, rank))
+
+    def broken(self, report: ErrorReport) -> LeapfrogError:
+        """End the pool; the error to raise, with all that is known about it."""
+        if 0 <= report.rank < len(self.processes):
+            step = next((call.step for call in self._calls.values() if report.rank in self._owing(call)), 0)
+            lines = self.processes[report.rank].last_lines(LAST_LINES)
+            report = msgspec.structs.replace(report, step=step, log=lines)
+        if report.traceback:
+            log.error("Leapfrog rank %d:\n%s", report.rank, report.traceback)
+        self._end(State.FAILED)
+        return error_of(report)
+
+    def close(self) -> None:
+        """End all ranks and give back the shared memory. Nothing is left when this returns."""
+        self._end(State.STOPPED)
+
+    def _end(self, state: State) -> None:
+        if not self._become(state):
+            return
+        for channel in self.channels.values():
+            try:
+                channel.send(Stop())
+            except OSError:
+                pass
+            channel.close()
+        threads = [threading.Thread(target=p.end, args=(END_GRACE_S,)) for p in self.processes]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for arena in self._arenas.values():
+            arena.close()
+        self._arenas.clear()
+        self._calls.clear()

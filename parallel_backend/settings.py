@@ -1,0 +1,38 @@
+"""What can be set from outside: environment variables, read whenever they matter."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+
+log = logging.getLogger("leapfrog")
+
+
+def step_timeout_s() -> float:
+    """The longest that a rank may take for an answer; calls of a known size get much less."""
+    return _seconds("LEAPFROG_STEP_TIMEOUT", 600.0)
+
+
+def start_timeout_s() -> float:
+    """The longest that ranks may take to start."""
+    return _seconds("LEAPFROG_START_TIMEOUT", 180.0)
+
+
+def idle_s() -> float:
+    """How long ranks wait for the next prompt before they end; 0 for ever."""
+    return _seconds("LEAPFROG_IDLE_S", 3600.0)
+
+
+def _seconds(name: str, default: float) -> float:
+    text = os.environ.get(name, "")
+    if not text:
+        return default
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if seconds >= 0:
+        return seconds
+    log.warning("Leapfrog: %s=%s is no number of seconds; %g is used", name, text, default)
+    return default

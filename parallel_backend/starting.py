@@ -1,0 +1,143 @@
+"""How ranks come up: one process per device, connected, each with ComfyUI loaded, joined in one process group."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait as wait_for_any
+from typing import Any
+
+import msgspec
+
+from .channel import Channel, admit, listen
+from .errors import ErrorReport
+from .launcher import RankProcess
+from .plan import CPU, this_machine
+from .pool import POLL_S, Pool, State, Tick
+from .protocol import Failed, FromRank, Hello, Join, LaunchSpec, RankMessage, Ready
+from .settings import start_timeout_s, step_timeout_s
+
+log = logging.getLogger("leapfrog")
+STILL_S = 10.0
+
+
+@dataclass(frozen=True)
+class ComfyHost:
+    """Where ComfyUI lives and the arguments that a rank's ComfyUI code must parse as the host's did."""
+
+    root: str
+    args: tuple[str, ...] = ()
+
+
+def start_ranks(pool: Pool, host: ComfyHost, tick: Tick) -> None:
+    """Bring up the ranks of a pool that is starting; it is ready when this returns.
+
+    Raises LeapfrogError rank_start or what a rank reported, or whatever ``tick`` raises; no process is left then.
+    """
+    devices, world = pool.devices, len(pool.devices)
+    start = _Start(pool, tick)
+    log.info("Leapfrog: starting %d ranks on %s", world, ",".join(devices))
+    secret = secrets.token_hex(32)
+    backend = _backend(devices)
+    threads = _threads_per_rank(devices)
+    try:
+        with listen() as listener:
+            for rank, device in enumerate(devices):
+                args = list(host.args) + (["--cpu"] if device == CPU and "--cpu" not in host.args else [])
+                spec = LaunchSpec(
+                    rank=rank, world=world, device=device, backend=backend, comfy_args=args, secret=secret,
+                    threads=threads if device == CPU else 0, port=listener.getsockname()[1], comfy_root=host.root,
+                    timeout_s=step_timeout_s(),
+                )  # fmt: skip
+                pool.processes.append(RankProcess(spec))
+            while missing := set(range(world)) - pool.channels.keys():
+                start.check(missing)
+                caller = admit(listener, secret, POLL_S)
+                if caller and caller[0] in missing:
+                    pool.channels[caller[0]] = Channel(caller[1], FromRank)
+        hello = start.gather(Hello)
+        for channel in pool.channels.values():
+            channel.send(Join(store_port=hello[0].store_port))
+        ready = start.gather(Ready)
+        pool.opened([ready[rank].free for rank in range(world)])
+    except OSError as error:
+        raise pool.broken(ErrorReport("rank_start", f"The ranks could not be started: {error}.")) from error
+    finally:
+        if pool.state is State.STARTING:
+            pool.close()
+    log.info("Leapfrog: %d ranks ready (%s) after %.1f s", world, backend, start.seconds)
+
+
+class _Start:
+    """The wait until ranks have started, with a deadline and a word about it now and then."""
+
+    def __init__(self, pool: Pool, tick: Tick):
+        self._pool = pool
+        self._tick = tick
+        self._began = time.monotonic()
+        self._timeout_s = start_timeout_s()
+        self._told = 0
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def check(self, missing: Iterable[int]) -> None:
+        """Raises what ``tick`` raises, or LeapfrogError if waiting for the missing ranks is in vain."""
+        self._tick()
+        pool = self._pool
+        for process in pool.dead:
+            raise pool.broken(ErrorReport("rank_start", f"A rank {process.how_it_ended} at its start.", process.rank))
+        if not pool.alive:
+            raise pool.broken(ErrorReport("rank_start", "The ranks were ended while they started."))
+        if self.seconds > self._timeout_s:
+            message = f"A rank was not ready after {self._timeout_s:g} s."
+            raise pool.broken(ErrorReport("rank_start", message, pool.culprit(missing)))
+        if self.seconds > STILL_S * (self._told + 1):
+            self._told += 1
+            ranks = ",".join(map(str, sorted(missing)))
+            log.info("Leapfrog: waiting for rank %s (%.0f of %g s)", ranks, self.seconds, self._timeout_s)
+
+    def gather(self, kind: type[RankMessage]) -> dict[int, Any]:
+        """A message of this kind from every rank."""
+        channels = self._pool.channels
+        got: dict[int, Any] = {}
+        while missing := channels.keys() - got.keys():
+            self.check(missing)
+            waiting = {id(channels[rank].connection): rank for rank in missing}
+            for connection in wait_for_any([channels[rank].connection for rank in missing], POLL_S):
+                rank = waiting[id(connection)]
+                try:
+                    message = channels[rank].receive(1.0)
+                except (EOFError, OSError, TimeoutError, msgspec.MsgspecError):
+                    time.sleep(POLL_S)  # the next check says how it ended
+                    continue
+                if isinstance(message, Failed) and message.error:
+                    raise self._pool.broken(message.error)
+                if not isinstance(message, kind):
+                    error = ErrorReport("rank_start", f"A rank sent {type(message).__name__} out of turn.", rank)
+                    raise self._pool.broken(error)
+                got[rank] = message
+                if kind is Hello:
+                    log.info("Leapfrog: rank %d has loaded ComfyUI after %.1f s", rank, self.seconds)
+        return got
+
+
+def _threads_per_rank(devices: Sequence[str]) -> int:
+    shared = sum(d == CPU for d in devices)
+    return max(1, this_machine().cores // shared) if shared else 0
+
+
+def _backend(devices: Sequence[str]) -> str:
+    import torch.distributed as dist
+
+    alone = len(set(devices)) == len(devices) or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+    if all(d != CPU for d in devices) and alone and dist.is_available() and dist.is_nccl_available():
+        return "nccl"
+    if any(d != CPU for d in devices):
+        log.info("Leapfrog: ranks talk gloo, through host memory, because NCCL cannot serve %s", ",".join(devices))
+    return "gloo"
