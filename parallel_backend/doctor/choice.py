@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ..errors import LeapfrogError
 from ..plan import CPU, LanesPlan, SplitPlan
-from ..supervisor import _backend
+from ..starting import _backend
 from .sheet import Sheet
 
 STEPS = 20

@@ -95,7 +95,7 @@ def test_every_setting_is_documented():
     doctor = ROOT / "parallel_backend/doctor"
     code = [path for folder in ("parallel_backend", "nodes") for path in (ROOT / folder).rglob("*.py")]
     read = {name for path in code if doctor not in path.parents for name in _names(path)}
-    assert read <= set(SETTINGS)
+    assert read == set(SETTINGS)
     scripts = [ROOT / "Makefile", *(ROOT / "scripts").glob("*.py"), ROOT / "tests/conftest.py"]
     assert {name for path in scripts for name in _names(path)} <= set(SETTINGS) | set(_names_in(developers))
 
