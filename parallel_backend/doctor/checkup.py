@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
         _sections(sheet, asked, flags, deadline)
     except KeyboardInterrupt:
         sheet.problem(f"Interrupted during '{sheet.at}'.", "Run the doctor again.")
-    except TimeoutError as error:
+    except OutOfTime as error:
         sheet.problem(str(error), TOO_SLOW)
     return sheet.end()
 
@@ -103,6 +103,10 @@ def _sections(sheet: Sheet, asked: argparse.Namespace, flags: Sequence[str], dea
 TOO_SLOW = "Run the doctor again when the machine is not busy, or with a longer --timeout."
 
 
+class OutOfTime(Exception):
+    """No OSError, unlike TimeoutError, which a socket might have raised."""
+
+
 class Deadline:
     """The end of the doctor's time. What does not look at it, a driver that hangs say, ends with the process."""
 
@@ -119,9 +123,9 @@ class Deadline:
         return max(1.0, self._at - time.monotonic())
 
     def tick(self) -> None:
-        """Raises TimeoutError when the time is over."""
+        """Raises OutOfTime when the time is over."""
         if time.monotonic() > self._at:
-            raise TimeoutError(self._text())
+            raise OutOfTime(self._text())
 
     def _text(self) -> str:
         return f"'{self._sheet.at}' was not done when the {self._seconds:.0f} s were over."

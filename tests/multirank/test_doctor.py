@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 import tiny_models
-from leapfrog.parallel_backend import LeapfrogError, supervisor
+from leapfrog.parallel_backend import supervisor
 from leapfrog.parallel_backend.protocol import Probe, Probed
 from leapfrog.parallel_backend.supervisor import ComfyHost
 from pack import ROOT, comfyui_dir
@@ -123,13 +123,3 @@ def test_a_link_carries_what_it_is_given():
         assert reply.intact
         assert len(reply.seconds) == 3
         assert min(reply.seconds) > 0
-
-
-@pytest.mark.parametrize("wrong", [{"second": 7}, {"sizes": [1 << 40]}], ids=str)
-def test_a_probe_that_cannot_be_is_an_error(wrong: dict[str, Any]):
-    pool = supervisor.acquire(("cpu", "cpu"), ComfyHost(str(comfyui_dir()), ("--cpu",)), lambda: None, doctor)
-    ask = Probe(**{"first": 0, "second": 1, "sizes": [1], "rounds": [1], **wrong})
-    with pytest.raises(LeapfrogError) as caught:
-        pool.request({0: ask}, 60.0, lambda: None)
-    assert caught.value.report.code == "rank_error"
-    assert not pool.alive

@@ -7,11 +7,15 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from leapfrog.parallel_backend.doctor.choice import SETTINGS, choices, settings, why_backend
 from leapfrog.parallel_backend.doctor.sheet import WIDTH, Hiding, Sheet
+from leapfrog.parallel_backend.protocol import Probe
+from leapfrog.parallel_backend.worker.probe import probe
 from pack import ROOT
 
 DOCS = (ROOT / "docs/settings.md").read_text()
@@ -145,3 +149,13 @@ def test_a_python_without_torch_says_which_one_to_take(tmp_path: Path):
     assert "the Python that runs ComfyUI" in done.stdout
     assert done.stdout.splitlines()[-1] == "doctor: 1 problem"
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"second": 7}, {"second": 0}, {"first": 1, "second": 2}, {"sizes": [1 << 40]}, {"rounds": [0]}], ids=str
+)
+def test_a_probe_that_cannot_be_is_refused(wrong: dict[str, Any]):
+    """Before anything is sent: gloo ends the process where a rank is not there."""
+    links: Any = SimpleNamespace(rank=0, world=3)
+    with pytest.raises(ValueError, match=r"cannot probe|out of bounds"):
+        probe(links, Probe(**{"first": 0, "second": 1, "sizes": [1], "rounds": [1], **wrong}))
