@@ -1,6 +1,8 @@
 """Start-up of a rank: ``python <pack>/parallel_backend``, orders as one JSON line on standard input.
 
 Nothing heavy is imported until the guard thread watches the death pipe, so a rank cannot outlive its host.
+
+With ``--doctor`` in front of its other arguments this is the doctor's command line instead.
 """
 
 import importlib.util
@@ -41,7 +43,32 @@ def _import_backend():
     spec.loader.exec_module(package)
 
 
+def _doctor(arguments: list[str]) -> int:
+    """Only what the doctor needs to speak at all is checked here."""
+    sys.path.pop(0)  # this folder, whose files are a package's and no modules of their own
+    missing = ""
+    if sys.version_info < (3, 10):  # noqa: UP036 (whoever starts the doctor may have any)
+        missing = f"Leapfrog needs Python 3.10 or newer, this is {sys.version.split()[0]}"
+    else:
+        try:
+            _import_backend()
+            from parallel_backend.doctor.checkup import main as doctor
+        except ImportError as error:
+            missing = str(error)
+    if missing:
+        sys.stdout.write(
+            f"problems\n  1. {missing}.\n"
+            "     To do: start the doctor with the Python that runs ComfyUI; there,\n"
+            "            `pip install -r requirements.txt` in the pack's folder gets what is missing.\n\n"
+            "doctor: 1 problem\n"
+        )
+        return 1
+    return doctor(arguments)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--doctor"]:
+        sys.exit(_doctor(sys.argv[2:]))
     orders = _read_orders()
     threading.Thread(target=_end_with_host, name="death-pipe", daemon=True).start()
     sys.path[0] = json.loads(orders)["comfy_root"]

@@ -148,6 +148,18 @@ class Echo(HostMessage):
     out_size: int = 0
 
 
+class Probe(HostMessage):
+    """Time the link between the ranks ``first`` and ``second``, which both get this message at the same time.
+
+    ``first`` sends ``sizes[i]`` bytes to ``second`` and gets them back, ``rounds[i]`` times.
+    """
+
+    first: int = 0
+    second: int = 0
+    sizes: list[int] = []
+    rounds: list[int] = []
+
+
 class Unload(HostMessage):
     """Drop the weights; stay ready."""
 
@@ -227,6 +239,13 @@ class Done(RankMessage):
     drift: float = 0.0
 
 
+class Probed(RankMessage):
+    """Median seconds of one way for each size that was asked for; whether what came back is what was sent."""
+
+    seconds: list[float] = []
+    intact: bool = True
+
+
 class Failed(RankMessage):
     error: ErrorReport | None = None
 
@@ -235,14 +254,15 @@ class Ok(RankMessage):
     """Plain acknowledgement."""
 
 
-FromHost = Join | Trace | Load | Evaluate | Echo | Unload | Stop
+FromHost = Join | Trace | Load | Evaluate | Echo | Probe | Unload | Stop
 ANSWERS: dict[type[HostMessage], type[RankMessage]] = {
     Trace: Traced,
     Load: Loaded,
     Evaluate: Done,
     Echo: Done,
+    Probe: Probed,
     Unload: Ok,
 }
 """What a rank answers, if it does not answer Failed."""
 
-FromRank = Hello | Ready | Traced | Loaded | Done | Failed | Ok
+FromRank = Hello | Ready | Traced | Loaded | Done | Probed | Failed | Ok

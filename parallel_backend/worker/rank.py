@@ -32,6 +32,8 @@ from ..protocol import (
     Loaded,
     Ok,
     Payload,
+    Probe,
+    Probed,
     RankMessage,
     Ready,
     Stop,
@@ -41,6 +43,7 @@ from ..protocol import (
 )  # fmt: skip
 from ..tensors import Arena, flatten, place
 from .links import Links, open_store
+from .probe import probe
 
 CONNECT_TIMEOUT_S = 30.0
 MAPPED_ARENAS = 16
@@ -96,6 +99,7 @@ class Rank:
             Load: self._load,
             Evaluate: self._evaluate,
             Echo: self._echo,
+            Probe: self._probe,
             Unload: self._unload,
         }
 
@@ -198,6 +202,9 @@ class Rank:
         begin = time.perf_counter()
         output = self._put(self._tree(message.inputs).to(self._device, copy=True), message)
         return Done(output=output, begin=begin, end=time.perf_counter())
+
+    def _probe(self, message: Probe) -> Probed:
+        return probe(self._links, message)
 
     def _put(self, result: Any, message: Evaluate | Echo) -> Payload:
         assert message.inputs

@@ -1,0 +1,136 @@
+"""The doctor's command line and its sections in their order."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TextIO, cast
+
+from ..plan import CPU
+from ..supervisor import ComfyHost
+from .choice import choices, count, settings
+from .comfyui import find_comfyui, nodes_in_comfyui
+from .machine import PACK, devices, versions
+from .selftest import self_test
+from .sheet import Sheet
+
+TIMEOUT_S = 300.0
+MODEL_TIMEOUT_S = 1200.0
+GRACE_S = 15.0
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Write the report to standard output; 0 if everything works, 1 if not, 2 for a command that means nothing."""
+    own, flags = list(arguments), []
+    if "--" in own:
+        at = own.index("--")
+        own, flags = own[:at], own[at + 1 :]
+    asked = _parser().parse_args(own)
+    out = cast(TextIO, sys.stdout)
+    if hasattr(out, "reconfigure"):
+        out.reconfigure(errors="replace")  # type: ignore[attr-defined]
+    sheet = Sheet(out)
+    seconds = asked.timeout or (MODEL_TIMEOUT_S if asked.model else TIMEOUT_S)
+    deadline = Deadline(sheet, seconds)
+    try:
+        _sections(sheet, asked, flags, deadline)
+    except KeyboardInterrupt:
+        sheet.problem(f"Interrupted during '{sheet.at}'.", "Run the doctor again.")
+    except OutOfTime as error:
+        sheet.problem(str(error), TOO_SLOW)
+    return sheet.end()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="parallel_backend --doctor",
+        description="Check what Leapfrog needs on this machine. Paste the whole output into a bug report.",
+        epilog="Flags behind -- are ComfyUI's own, such as: -- --base-directory FOLDER",
+    )
+    parser.add_argument("--comfyui", metavar="FOLDER", help="ComfyUI, where it is not around the pack")
+    parser.add_argument(
+        "--model", default="", metavar="FILE",
+        help="a file in ComfyUI's folders for checkpoints or diffusion models: one evaluation cut in two parts, "
+        "compared with ComfyUI alone",
+    )  # fmt: skip
+    parser.add_argument("--devices", default="auto", help="as in the nodes: auto (default), 0,1 or cpu,cpu")
+    parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for all of it: 300, or 1200 with --model")
+    return parser
+
+
+def _sections(sheet: Sheet, asked: argparse.Namespace, flags: Sequence[str], deadline: Deadline) -> None:
+    comfyui = find_comfyui(asked.comfyui)
+    if comfyui:
+        sheet.hiding.hide(comfyui, "<comfyui>")
+    sheet.hiding.hide(PACK, "<leapfrog>")
+    if sys.prefix != sys.base_prefix:
+        sheet.hiding.hide(Path(sys.prefix), "<python>")
+    sheet.line(f"Leapfrog doctor, {datetime.now():%Y-%m-%d %H:%M}. Please paste all of it into a bug report.")
+    sheet.section("versions")
+    versions(sheet, comfyui, asked.comfyui)
+    sheet.section("devices")
+    devices(sheet)
+    sheet.section("what the nodes would choose as they come")
+    chosen = choices(sheet, asked.devices)
+    sheet.section("environment variables")
+    sound = settings(sheet)
+    tested = chosen if len(chosen) > 1 else (chosen or (CPU,)) * 2
+    sheet.section(f"self-test on {count(tested)}")
+    if len(chosen) == 1:
+        sheet.row("", f"There is one device, {chosen[0]}: two ranks share it for this test only.")
+        sheet.remark(f"but with one device ({chosen[0]}) the nodes make nothing faster")
+    if comfyui is None:
+        sheet.row("", "left out: ranks need ComfyUI")
+        return
+    if not sound:
+        sheet.row("", "left out: ranks read these variables")
+        return
+    self_test(sheet, tested, ComfyHost(str(comfyui)), deadline.tick)
+    sheet.section("the nodes in ComfyUI")
+    if all(device == CPU for device in tested) and "--cpu" not in flags:
+        flags = [*flags, "--cpu"]
+    nodes_in_comfyui(sheet, comfyui, flags, tested, asked.model, deadline.left)
+    if not asked.model:
+        sheet.row("a model", "not tried; --model FILE compares an evaluation with ComfyUI alone")
+
+
+TOO_SLOW = "Run the doctor again when the machine is not busy, or with a longer --timeout."
+
+
+class OutOfTime(Exception):
+    """No OSError, unlike TimeoutError, which a socket might have raised."""
+
+
+class Deadline:
+    """The end of the doctor's time. What does not look at it, a driver that hangs say, ends with the process."""
+
+    def __init__(self, sheet: Sheet, seconds: float):
+        self._sheet = sheet
+        self._seconds = seconds
+        self._at = time.monotonic() + seconds
+        watch = threading.Timer(seconds + GRACE_S, self._give_up)
+        watch.daemon = True
+        watch.start()
+
+    @property
+    def left(self) -> float:
+        return max(1.0, self._at - time.monotonic())
+
+    def tick(self) -> None:
+        """Raises OutOfTime when the time is over."""
+        if time.monotonic() > self._at:
+            raise OutOfTime(self._text())
+
+    def _text(self) -> str:
+        return f"'{self._sheet.at}' was not done when the {self._seconds:.0f} s were over."
+
+    def _give_up(self) -> None:
+        self._sheet.problem(self._text(), TOO_SLOW)
+        self._sheet.end()
+        os._exit(1)  # closes the death pipes of all ranks
