@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ..errors import LeapfrogError
 from ..plan import CPU, LanesPlan, SplitPlan
-from ..starting import _backend
+from ..starting import backend_of
 from .sheet import Sheet
 
 STEPS = 20
@@ -60,11 +60,6 @@ def count(devices: Sequence[str]) -> str:
     """Devices in words."""
     named = ", ".join(devices)
     return f"{len(devices)} devices: {named}" if len(devices) > 1 else f"one device: {named}"
-
-
-def backend_of(devices: Sequence[str]) -> str:
-    """What ranks on these devices talk: "nccl" or "gloo"."""
-    return _backend(devices)
 
 
 def why_backend(devices: Sequence[str]) -> str:

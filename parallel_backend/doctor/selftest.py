@@ -12,8 +12,8 @@ import torch
 
 from ..errors import LeapfrogError
 from ..protocol import Echo, Probe, Probed
+from ..starting import backend_of
 from ..supervisor import ComfyHost, Pool, Tick, acquire, close_all
-from .choice import backend_of
 from .sheet import Sheet
 
 ANSWER_S = 30.0

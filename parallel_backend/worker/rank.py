@@ -71,7 +71,7 @@ def _start(spec: LaunchSpec, channel: Channel[FromHost]) -> Rank:
     device = boot_comfy(spec.comfy_args)
     importlib.import_module(".models.denoiser", __package__)  # slow, so before the rank counts as ready
     channel.send(Hello(store_port=port))
-    join = channel.receive(spec.timeout_s)
+    join = channel.receive(None)
     assert isinstance(join, Join)
     if store is None:
         store = torch.distributed.TCPStore(LOOPBACK, join.store_port, spec.world, wait_for_workers=False)
