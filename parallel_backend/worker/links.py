@@ -93,9 +93,9 @@ class Links:
 
     def send(self, to: int, tensors: Sequence[torch.Tensor]) -> None:
         """Copy the tensors into one message and send it; returns before it has arrived."""
-        # gloo does not say when a message has left, only waits for it. One per rank and call goes out, and the others
-        # are behind by fewer calls than there are ranks, so the oldest of these left long ago.
-        while len(self._sending) >= self.world**2:
+        # gloo does not say when a message has left, one can only wait for it. Of the calls in a full pipeline, two for
+        # each rank, none has more messages than there are other ranks; what is older has left.
+        while len(self._sending) >= 2 * self.world * (self.world - 1):
             self._sending.popleft()[0].wait()
         heads, size = place(tensors)
         buffer = torch.empty(size, dtype=torch.uint8, device=self._staging)
