@@ -5,7 +5,7 @@ ifdef COMFYUI_DIR  # a user's own checkout: nothing is written into it, no bytec
 export PYTHONDONTWRITEBYTECODE := 1
 endif
 
-.PHONY: demo test lint bench families setup clean distclean
+.PHONY: demo test lint bench families faults soak setup clean distclean
 .DEFAULT_GOAL := demo
 
 demo: setup  ## one prompt through ComfyUI alone and through both nodes: a table and a picture
@@ -25,6 +25,12 @@ bench: setup  ## speed on a denoiser heavy enough to tell
 
 families: setup  ## every architecture, U-Nets at full size: docs/families.md
 	LEAPFROG_WRITE_DOCS=1 LEAPFROG_FULL_SIZE=1 $(BIN)/pytest tests/multirank/test_families.py tests/full_size
+
+faults: setup  ## 200 things broken under a queue of prompts: docs/results.md
+	@$(BIN)/python scripts/faults.py
+
+soak: setup  ## 500 prompts and what is held after them: docs/results.md
+	@$(BIN)/python scripts/soak.py
 
 setup:
 	@$(PYTHON) scripts/bootstrap.py

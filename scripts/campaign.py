@@ -26,6 +26,7 @@ NODES = ROOT / "tests" / "faults" / "campaign_nodes.py"
 DENOISER, LORA = "shapes_flux.safetensors", "campaign_lora.safetensors"
 SHARED_MEMORY = Path("/dev/shm")
 RANKS = 2
+STEPS = 10
 Graph = dict[str, Any]
 
 
@@ -38,19 +39,20 @@ class Workflow:
     inputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     lora: float = 0.0
 
-    def prompt(self, number: int, **more: dict[str, Any]) -> Graph:
+    def prompt(self, number: int) -> Graph:
         """The graph to queue. ComfyUI has not seen this ``number`` yet, so it samples again; no node reads it."""
         nodes: Graph = json.loads((GRAPHS / f"{self.graph}.json").read_text())
         for node in ("split", "sampler", "sample"):
             if "devices" in nodes.get(node, {}).get("inputs", {}):
                 nodes[node]["inputs"]["devices"] = ",".join(["cpu"] * RANKS)
+        nodes["sigmas" if "sigmas" in nodes else "sample"]["inputs"]["steps"] = STEPS
         if self.lora:
             behind = "split" if "split" in nodes else "model"
             for node in (one for one in nodes.values() if one["inputs"].get("model") == [behind, 0]):
                 node["inputs"]["model"] = ["lora", 0]
             own = {"model": [behind, 0], "lora_name": LORA, "strength_model": self.lora}
             nodes["lora"] = {"class_type": "LoraLoaderModelOnly", "inputs": own}
-        for node, inputs in (*self.inputs.items(), *more.items()):
+        for node, inputs in self.inputs.items():
             nodes[node]["inputs"].update(inputs)
         nodes["sample"]["inputs"]["campaign"] = number
         nodes["save"]["inputs"]["filename_prefix"] = self.name

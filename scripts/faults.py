@@ -36,6 +36,7 @@ from campaign import (
     LANES,
     RANKS,
     SHARED_MEMORY,
+    STEPS,
     WORKFLOWS,
     Graph,
     Workflow,
@@ -48,11 +49,11 @@ from campaign import (
 )
 from comfy_server import ComfyServer, PromptError, PromptInterrupted, ServerError
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 """A prompt without an answer after this long hangs."""
 STEP_TIMEOUT_S = 8.0
 """LEAPFROG_STEP_TIMEOUT of the server: how long a rank may be silent."""
-LARGE = Workflow("large", "async_unet_split", {**EXACT.inputs, "sample": {"steps": 8}}).sized(256, 256)
+LARGE = EXACT.sized(256, 256)
 """Needs memory that the ranks do not hold yet."""
 SAME_AS_ALONE = (EXACT, LANES, KSAMPLER)
 NAMES_A_RANK = r"\(rank [01]\)"
@@ -160,10 +161,12 @@ class Campaign:
 
     # -- prompts ------------------------------------------------------------------------------------------------------
 
-    def queue(self, workflow: Workflow, change: Callable[[Graph], None] | None = None) -> str:
+    def queue(self, workflow: Workflow, fault: Fault | None = None) -> str:
+        """Queue a workflow, changed as the fault that is to hit it wants it."""
         graph = workflow.prompt(next(self._numbers))
-        if change:
-            change(graph)
+        change = fault and KINDS[fault.kind].change
+        if fault and change:
+            change(graph, fault)
         return self.server.queue(graph)
 
     def make_references(self) -> None:
@@ -202,9 +205,8 @@ class Campaign:
         if fault.moment == LOADING:
             self.server.post("/free", {"unload_models": True})
             wait_until(lambda: not ranks(self.server), 20)
-        change = (lambda graph: kind.change(graph, fault)) if kind.change else None
         ahead = self.queue(fault.followers[0]) if fault.moment == QUEUED else None
-        victim = None if fault.moment == IDLE else self.queue(fault.workflow, change)
+        victim = None if fault.moment == IDLE else self.queue(fault.workflow, fault)
         followers = fault.followers if ahead is None else fault.followers[1:]
         self._victim = victim
         behind = [(self.queue(one), one) for one in followers] if victim and not kind.repair else []
@@ -214,7 +216,7 @@ class Campaign:
         if fault.kind in ENDS_SERVER:
             said = "server ended"
         else:
-            said = self._judge(fault, victim or self.queue(fault.workflow, change), struck, ahead)
+            said = self._judge(fault, victim or self.queue(fault.workflow, fault), struck, ahead)
         if kind.repair:
             kind.repair(self)
         began = time.monotonic()
@@ -500,7 +502,7 @@ def schedule(count: int, seed: int, kinds: Sequence[str], workflows: Sequence[Wo
         faults.append(
             Fault(
                 number, kind, moment, KINDS[kind].workflow or workflow, tuple(followers), dice.randrange(RANKS),
-                dice.randint(2, 15), dice.random(),
+                dice.randint(2, STEPS - 2), dice.random(),
             )
         )  # fmt: skip
     return faults
