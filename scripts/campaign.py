@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +29,7 @@ DENOISER, LORA = "shapes_flux.safetensors", "campaign_lora.safetensors"
 SHARED_MEMORY = Path("/dev/shm")
 RANKS = 2
 STEPS = 10
+ENDS = ("execution_success", "execution_error", "execution_interrupted")
 Graph = dict[str, Any]
 
 
@@ -104,6 +107,25 @@ def campaign_base() -> Iterator[Path]:
         yield base
 
 
+def campaign_server(base: Path, **env: str) -> ComfyServer:
+    """A server on that base, not started yet, with variables set. Its pictures and temporary files stay in the base."""
+    # threads that spin while they wait cost far more than they gain where ranks need the cores
+    own = {"OMP_WAIT_POLICY": "PASSIVE", "TMPDIR": str(base / "tmp"), **env}
+    return ComfyServer(base=base, output=base / "output", env=own)
+
+
+@contextmanager
+def until_told_to_stop() -> Iterator[threading.Event]:
+    """Ctrl+C and SIGTERM set the event, so that the fault under way is the last and nothing is left behind."""
+    stop = threading.Event()
+    before = {what: signal.signal(what, lambda *_: stop.set()) for what in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for what, handler in before.items():
+            signal.signal(what, handler)
+
+
 def lora_for(path: Path) -> dict[str, torch.Tensor]:
     """A LoRA of rank 4 with seeded random weights for some layers of each kind."""
     rng = torch.Generator().manual_seed(3)
@@ -114,6 +136,15 @@ def lora_for(path: Path) -> dict[str, torch.Tensor]:
             out[f"{name}.lora_up.weight"] = torch.randn(rows, 4, generator=rng) * 0.05
             out[f"{name}.lora_down.weight"] = torch.randn(4, columns, generator=rng) * columns**-0.5
     return out
+
+
+def ended(server: ComfyServer, prompt_id: str, seconds: float) -> dict[str, Any]:
+    """The history entry of a prompt, or what `ComfyServer.wait` raises; asks ComfyUI only when its events say so.
+
+    Asking for the history again and again costs as much as a small denoiser.
+    """
+    wait_until(lambda: any(event.kind in ENDS for event in server.events(prompt_id)), seconds)
+    return server.wait(prompt_id, 1.0)
 
 
 def pixels(server: ComfyServer, entry: dict[str, Any]) -> np.ndarray:

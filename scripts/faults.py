@@ -16,11 +16,9 @@ import signal
 import socket
 import statistics
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,10 +39,13 @@ from campaign import (
     Graph,
     Workflow,
     campaign_base,
+    campaign_server,
+    ended,
     is_rank,
     pixels,
     ranks,
     segments,
+    until_told_to_stop,
     wait_until,
 )
 from comfy_server import ComfyServer, PromptError, PromptInterrupted, ServerError
@@ -79,12 +80,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Kind:
-    """``strike`` breaks it and returns; ``repair`` makes good what would break the next prompts too.
+    """``strike`` breaks it and returns, False if there was nothing to break; ``repair`` makes good what would break the
+    next prompts too.
 
     ``may``: what may become of the prompt that is hit. ``says``: what its error has to say. ``weight``: how often.
     """
 
-    strike: Callable[[Campaign, Fault], None]
+    strike: Callable[[Campaign, Fault], bool | None]
     moments: tuple[str, ...]
     may: tuple[str, ...] = ("right", "failed")
     says: str = NAMES_A_RANK
@@ -156,8 +158,7 @@ class Campaign:
         self._held: list[socket.socket] = []
 
     def _start(self) -> ComfyServer:
-        own = {"LEAPFROG_STEP_TIMEOUT": str(STEP_TIMEOUT_S), "TMPDIR": str(self.base / "tmp")}
-        return ComfyServer(base=self.base, output=self.base / "output", env=own).start()
+        return campaign_server(self.base, LEAPFROG_STEP_TIMEOUT=str(STEP_TIMEOUT_S)).start()
 
     # -- prompts ------------------------------------------------------------------------------------------------------
 
@@ -172,7 +173,7 @@ class Campaign:
     def make_references(self) -> None:
         """What each workflow draws while nothing is broken; those without approximation draw what ComfyUI draws."""
         for workflow in (ALONE, *self._workflows):
-            self.references[workflow.name] = pixels(self.server, self.server.wait(self.queue(workflow)))
+            self.references[workflow.name] = pixels(self.server, ended(self.server, self.queue(workflow), PATIENCE_S))
         theirs = self.references[ALONE.name].astype(int)
         for workflow in (one for one in SAME_AS_ALONE if one.name in self.references):
             if np.abs(self.references[workflow.name].astype(int) - theirs).max() > 1:
@@ -181,7 +182,7 @@ class Campaign:
     def answer(self, prompt_id: str, workflow: Workflow) -> tuple[str, str]:
         """What became of a prompt: right, wrong, failed, cancelled or hang, and the words of its error."""
         try:
-            entry = self.server.wait(prompt_id, PATIENCE_S)
+            entry = ended(self.server, prompt_id, PATIENCE_S)
         except PromptInterrupted:
             return "cancelled", ""
         except PromptError as error:
@@ -200,7 +201,6 @@ class Campaign:
 
     def inject(self, fault: Fault) -> None:
         kind = KINDS[fault.kind]
-        self.figures.injected[fault.kind] += 1
         self.server.forget_events()
         if fault.moment == LOADING:
             self.server.post("/free", {"unload_models": True})
@@ -212,7 +212,8 @@ class Campaign:
         behind = [(self.queue(one), one) for one in followers] if victim and not kind.repair else []
         self._await(fault, victim, ahead)
         struck = time.monotonic()
-        kind.strike(self, fault)
+        if kind.strike(self, fault) is not False:
+            self.figures.injected[fault.kind] += 1
         if fault.kind in ENDS_SERVER:
             said = "server ended"
         else:
@@ -220,7 +221,8 @@ class Campaign:
         if kind.repair:
             kind.repair(self)
         began = time.monotonic()
-        behind = behind or [(self.queue(one), one) for one in followers]
+        if not behind or said.startswith("hang"):  # the queue went with the server that hung
+            behind = [(self.queue(one), one) for one in followers]
         for at, (prompt_id, workflow) in enumerate(behind):
             self._follow(fault, prompt_id, workflow, said)
             if at == 0:
@@ -236,17 +238,17 @@ class Campaign:
             time.sleep(fault.dice * (self.figures.cold[0] if self.figures.cold else 5.0))
         elif fault.moment != IDLE:
             hit = ahead or victim
-            at_all = self.server.wait_event(
-                "executing", hit, PATIENCE_S, lambda event: event.data.get("node") == "sample"
-            )
-            if fault.moment == BEGINNING:
-                time.sleep(max(0.0, at_all.time + fault.dice * 0.3 - time.monotonic()))
-                return
             try:
+                begun = self.server.wait_event(
+                    "executing", hit, PATIENCE_S, lambda event: event.data["node"] == "sample"
+                )
+                if fault.moment == BEGINNING:
+                    time.sleep(max(0.0, begun.time + fault.dice * 0.3 - time.monotonic()))
+                    return
                 self.server.wait_event("progress", hit, 20, lambda event: event.data["value"] >= fault.step)
+                time.sleep(fault.dice * 0.05)
             except ServerError:
-                return  # it has ended without that step: then it is hit now
-            time.sleep(fault.dice * 0.05)
+                return  # it does not come that far: then it is hit now
 
     def _judge(self, fault: Fault, victim: str, struck: float, ahead: str | None) -> str:
         kind = KINDS[fault.kind]
@@ -364,31 +366,32 @@ class Campaign:
     def denoiser(self) -> Path:
         return self.base / "models/diffusion_models" / DENOISER
 
-    def signal(self, fault: Fault, what: signal.Signals) -> int | None:
-        """Send a signal to the fault's rank; its process id, None if there is no such rank now."""
+    def signal(self, fault: Fault, *signals: signal.Signals, pause_s: float = 0.0) -> bool:
+        """Send signals to the fault's rank, with a pause after each; False if there is no such rank now."""
         alive = ranks(self.server)
         if fault.rank >= len(alive):
-            return None
-        pid = alive[fault.rank].pid
-        os.kill(pid, what)
-        return pid
+            return False
+        for what in signals:
+            os.kill(alive[fault.rank].pid, what)
+            time.sleep(pause_s)
+        return True
 
     def cancel(self) -> None:
         """Cancel the prompt that is to be hit, unless it has ended."""
         self.server.interrupt(self._victim)
 
-    def pause(self, fault: Fault) -> None:
+    def pause(self, fault: Fault) -> bool:
         """Stop a rank for less than the deadline."""
-        pid = self.signal(fault, signal.SIGSTOP)
-        if pid is not None:
-            time.sleep(0.1 + 0.2 * STEP_TIMEOUT_S * fault.dice)
-            os.kill(pid, signal.SIGCONT)
+        for_s = 0.1 + 0.2 * STEP_TIMEOUT_S * fault.dice
+        return self.signal(fault, signal.SIGSTOP, signal.SIGCONT, pause_s=for_s)
 
-    def starve(self, fault: Fault) -> None:
+    def starve(self, fault: Fault) -> bool:
         """No more address space for a rank than it has now."""
-        for process in ranks(self.server)[fault.rank :][:1]:
+        alive = ranks(self.server)[fault.rank :][:1]
+        for process in alive:
             process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + (1 << 20), psutil.RLIM_INFINITY))
-            self._limited.append(process)
+        self._limited += alive
+        return bool(alive)
 
     def feed(self) -> None:
         """Lift what `starve` has set."""
@@ -444,8 +447,8 @@ def spoil(graph: Graph, fault: Fault) -> None:
     graph["spoil"] = {"class_type": "CampaignSpoil", "inputs": {"model": source, "at": fault.step}}
 
 
-def _signal(what: signal.Signals) -> Callable[[Campaign, Fault], None]:
-    return lambda campaign, fault: (campaign.signal(fault, what), None)[1]
+def _signal(what: signal.Signals) -> Callable[[Campaign, Fault], bool]:
+    return lambda campaign, fault: campaign.signal(fault, what)
 
 
 KINDS: dict[str, Kind] = {
@@ -526,18 +529,6 @@ def run(
         finally:
             campaign.close()
     return campaign.figures
-
-
-@contextmanager
-def until_told_to_stop() -> Iterator[threading.Event]:
-    """Ctrl+C and SIGTERM set the event, so that the fault under way is the last and nothing is left behind."""
-    stop = threading.Event()
-    before = {what: signal.signal(what, lambda *_: stop.set()) for what in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for what, handler in before.items():
-            signal.signal(what, handler)
 
 
 def main() -> None:

@@ -18,13 +18,28 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from campaign import ALONE, EXACT, RANKS, STEPS, WORKFLOWS, Workflow, campaign_base, pixels, ranks, segments
+from campaign import (
+    ALONE,
+    EXACT,
+    RANKS,
+    STEPS,
+    WORKFLOWS,
+    Workflow,
+    campaign_base,
+    campaign_server,
+    ended,
+    pixels,
+    ranks,
+    segments,
+    until_told_to_stop,
+)
 from comfy_server import ComfyServer, PromptInterrupted
 
 SIZES = ((128, 128), (128, 128), (160, 96), (96, 160), (192, 128))
 COLLECTS_S = 11.0
 """ComfyUI collects garbage when the last collection is ten seconds old."""
 BOUND = 0.02
+PATIENCE_S = 120.0
 MB = 1e6
 
 
@@ -132,7 +147,7 @@ def run(
     """Queue ``count`` prompts one after another and read what is held after each ``every`` of them."""
     soak = Soak()
     drawn: dict[str, np.ndarray] = {}
-    with campaign_base() as base, ComfyServer(base=base, output=base / "output") as server:
+    with campaign_base() as base, campaign_server(base) as server, until_told_to_stop() as stop:
         for number, turn in enumerate(queue(count, seed, control), 1):
             server.forget_events()
             picture = draw(server, turn, number)
@@ -145,6 +160,8 @@ def run(
                 soak.holdings.append(Holdings.of(server, number))
                 say(f"{soak.holdings[-1]}; {soak.wrong} wrong")
             forget_pictures(base / "output")
+            if stop.is_set():
+                break
         if not control and len(soak.holdings[-1].pids) != RANKS:
             raise AssertionError(f"{len(soak.holdings[-1].pids)} ranks are alive instead of {RANKS}")
     return soak
@@ -157,7 +174,7 @@ def draw(server: ComfyServer, turn: Turn, number: int) -> np.ndarray | None:
         if turn.cancel is not None:
             server.wait_event("progress", prompt_id, where=lambda event: event.data["value"] >= turn.cancel)
             server.interrupt(prompt_id)
-        return pixels(server, server.wait(prompt_id))
+        return pixels(server, ended(server, prompt_id, PATIENCE_S))
     except PromptInterrupted:
         return None
 
