@@ -235,7 +235,8 @@ class Campaign:
         """Until the moment has come."""
         if fault.moment == LOADING:
             wait_until(lambda: len(ranks(self.server)) == RANKS, 20)
-            time.sleep(fault.dice * (self.figures.cold[0] if self.figures.cold else 5.0))
+            first = min(self.figures.cold, default=5.0)  # later than that it would not be loading any more
+            wait_until(lambda: bool(self.server.events(victim, "progress")), fault.dice * first)
         elif fault.moment != IDLE:
             hit = ahead or victim
             try:
@@ -495,7 +496,7 @@ def schedule(count: int, seed: int, kinds: Sequence[str], workflows: Sequence[Wo
     named = [kind for kind in kinds for _ in range(max(1, math.floor(KINDS[kind].weight * count / total)))]
     named += dice.choices(kinds, [KINDS[kind].weight for kind in kinds], k=max(0, count - len(named)))
     dice.shuffle(named)
-    turns = Counter[str]()
+    turns = Counter({kind: dice.randrange(len(KINDS[kind].moments)) for kind in kinds})
     faults = []
     for number, kind in enumerate(named[:count], 1):
         moments = KINDS[kind].moments

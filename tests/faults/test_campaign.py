@@ -12,7 +12,7 @@ from campaign import EXACT, PARASTEP
 @pytest.mark.timeout(300)
 def test_whatever_breaks_the_next_prompts_are_right(capsys: pytest.CaptureFixture[str]):
     kinds = ("kill -9", "pause", "cancel", "exception", "garbage")
-    figures = faults.run(6, 3, kinds, (EXACT, PARASTEP))
+    figures = faults.run(6, 54, kinds, (EXACT, PARASTEP))
     assert figures.bad == 0, capsys.readouterr().out
     assert figures.injected.total() == 6
     assert figures.later >= 6
