@@ -57,7 +57,7 @@ STEP_TIMEOUT_S = 8.0
 LARGE = EXACT.sized(256, 256)
 """Needs memory that the ranks do not hold yet."""
 SAME_AS_ALONE = (EXACT, LANES, KSAMPLER)
-NAMES_A_RANK = r"\(rank [01]\)"
+NAMES_A_RANK = r"\(rank [01]\b"
 LOADING, BEGINNING, SAMPLING, IDLE, QUEUED = "loading", "beginning", "sampling", "idle", "queued"
 
 
