@@ -5,7 +5,7 @@ ifdef COMFYUI_DIR  # a user's own checkout: nothing is written into it, no bytec
 export PYTHONDONTWRITEBYTECODE := 1
 endif
 
-.PHONY: demo test lint bench families fuzz setup clean distclean
+.PHONY: demo test lint bench families faults soak fuzz setup clean distclean
 .DEFAULT_GOAL := demo
 
 demo: setup  ## one prompt through ComfyUI alone and through both nodes: a table and a picture
@@ -28,6 +28,12 @@ families: setup  ## every architecture, U-Nets at full size: docs/families.md
 
 fuzz: setup  ## a million malformed frames at every listener and parser
 	@$(BIN)/python scripts/fuzz.py
+
+faults: setup  ## 200 things broken under a queue of prompts: docs/results.md
+	@$(BIN)/python scripts/faults.py
+
+soak: setup  ## 500 prompts and what is held after them: docs/results.md
+	@$(BIN)/python scripts/soak.py
 
 setup:
 	@$(PYTHON) scripts/bootstrap.py

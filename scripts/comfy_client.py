@@ -148,6 +148,10 @@ class ComfyClient:
             if kind in (None, one.kind) and prompt_id in (None, one.data.get("prompt_id"))
         ]
 
+    def forget_events(self) -> None:
+        """Drop what has been recorded so far: a client that stays for hours."""
+        self._events.clear()
+
     def wait_event(
         self, kind: str, prompt_id: str | None = None, timeout: float = 60, where: Callable[[Event], bool] | None = None
     ) -> Event:

@@ -24,6 +24,8 @@ log = logging.getLogger("leapfrog.rank")
 _RETURN = 0x06
 _ATTACH_FILTER = 26
 STORE_TIMEOUT = timedelta(seconds=60)
+PATIENCE_S = 30.0
+"""How much longer a rank waits for another than the host for both: the host knows better who is to blame."""
 
 
 def open_store(world: int) -> tuple[dist.TCPStore, int]:
@@ -85,7 +87,7 @@ class Links:
         self.waited = 0.0
         self._staging = torch.device("cpu") if backend == "gloo" else device
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
-        timeout = timedelta(seconds=timeout_s)
+        timeout = timedelta(seconds=timeout_s + PATIENCE_S)
         bound = device if backend == "nccl" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
         if backend == "gloo":  # all are connected; NCCL may connect later
