@@ -1,4 +1,4 @@
-"""The one file that starts processes: a rank's command line, environment, death pipe and log.
+"""The one file that starts ranks: a rank's command line, environment, death pipe and log.
 
 A rank lives exactly as long as the pipe on its standard input stays open. The system closes that pipe whatever ends
 the host, kill -9 and exec included, and the rank's guard thread then ends the rank.

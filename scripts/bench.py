@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -150,23 +150,44 @@ def batches(options: argparse.Namespace) -> None:
     from leapfrog.parallel_backend import LanesPlan
     from leapfrog.parallel_backend.supervisor import close_all
 
+    sys.path.append(str(ROOT / "tests"))
+    import families
+
+    def unet(size: int) -> Callable[[Any, int], Any]:
+        whole = load(options.model)
+        return lambda sampler, steps: sample(whole, options.model, steps, size, cfg=1.0, sampler=sampler)
+
+    def small(name: str, **changes: Any) -> Callable[[Any, int], Any]:
+        family = replace(families.FAMILIES[name], **changes)
+        model = families.load(families.FAMILIES[name])
+        return lambda sampler, steps: families.sample(model, family, steps, sampler, cfg=1.0)
+
     euler = comfy.samplers.sampler_object("euler")
-    whole = load(options.model)
-    print(f"{TITLES[options.model]} U-Net, one device ({devices()[0]}), {options.steps} steps, CFG 1")
-    print("| latent side | lanes | rounds | seconds | speed |")
-    print("|---|---|---|---|---|", flush=True)
-    for size in (8, 16, 32):
+    title = f"{TITLES[options.model]} U-Net"
+    cases = {
+        f"{title}, 128x128": unet(16),
+        f"{title}, {8 * options.size}x{8 * options.size}": unet(options.size),
+        "Stable Audio, narrow, latent 64x256": small("stable_audio", latent=(64, 256)),
+        "Wan 2.1, narrow, latent 16x4x8x8": small("wan21", latent=(16, 4, 8, 8)),
+    }
+    print(f"{date.today()}, one device ({devices()[0]}), one thread, {options.steps} steps, CFG 1, nothing rejected")
+    print("| model | lanes | rounds | seconds | speed | at best |")
+    print("|---|---|---|---|---|---|", flush=True)
+    for name, run in cases.items():
         alone = 0.0
         for lanes in (1, 2, 4, 8):
-            plan = LanesPlan(devices()[:1], lanes, options.warmup)
-            sampler = RoundsSampler(plan, euler, lambda text: None)
-            timed(whole, options.model, sampler, 2, size, 1.0)
-            took = statistics.median(
-                timed(whole, options.model, sampler, options.steps, size, 1.0)[1] for _ in range(options.repeat)
-            )
-            alone = alone or took
+            sampler = RoundsSampler(LanesPlan(devices()[:1], lanes, options.warmup), euler, lambda text: None)
+            run(sampler, 2)
+            took = []
+            for _ in range(options.repeat):
+                began = time.perf_counter()
+                run(sampler, options.steps)
+                took.append(time.perf_counter() - began)
+            seconds = statistics.median(took)
+            alone = alone or seconds
             rounds = sampler.last_run.count if sampler.last_run else 0
-            print(f"| {size} | {lanes} | {rounds} | {took:.2f} | {alone / took:.2f}x |", flush=True)
+            best = f"{options.steps / rounds:.2f}x"
+            print(f"| {name} | {lanes} | {rounds} | {seconds:.2f} | {alone / seconds:.2f}x | {best} |", flush=True)
     close_all()
 
 
@@ -177,6 +198,9 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--model", choices=TITLES, default="sd15")
+    parser.add_argument(
+        "--only", default="", help="only rows whose names contain this, and what they are compared with"
+    )
     parser.add_argument("--batch", action="store_true", help="steps as one batch on one device, instead")
     parser.add_argument("--solo", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -239,6 +263,10 @@ def run(options: argparse.Namespace) -> None:
         ALONE_UNGUIDED: row(1.0, cfg=1.0),
         "ParaStep, 2 lanes, CFG 1": row(parastep.ideal_speedup(steps, RANKS, warmup), sampler=lanes(2), cfg=1.0),
     }
+    if options.only:
+        wanted = {name for name in rows if options.only in name}
+        wanted |= {rows[name].beside for name in wanted}
+        rows = {name: one for name, one in rows.items() if name in wanted}
     overheads = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.repeat):
@@ -253,8 +281,9 @@ def run(options: argparse.Namespace) -> None:
                     overheads += round_overheads_ms(Path(folder))
                 for trace in Path(folder).iterdir():
                     trace.unlink()
-    alone = statistics.median(rows[ALONE].seconds)
-    print(f"ComfyUI alone: {1e3 * alone / steps:.0f} ms per step on one thread")
+    for name in (ALONE, ALONE_UNGUIDED):
+        if name in rows:
+            print(f"{name}: {1e3 * statistics.median(rows[name].seconds) / steps:.0f} ms per step on one thread")
     print(f"{'':30}{'seconds':>9}{'speed':>8}{'bound':>8}{'of bound x factor':>19}{'rel. difference':>17}")
     table = []
     for name, one in rows.items():
@@ -264,9 +293,12 @@ def run(options: argparse.Namespace) -> None:
         apart = float((one.latent - beside.latent).norm() / beside.latent.norm())
         print(f"{name:30}{took:9.2f}{speed:7.2f}x{one.bound:7.2f}x{reached:>18}{apart:17.1e}")
         table.append({"name": name, "seconds": one.seconds, "speed": speed, "bound": one.bound, "difference": apart})
-    print(f"between two rounds of ParaStep: {statistics.median(overheads):.2f} ms median in which no rank evaluates")
-    traced = next(iter(SplitDenoiser._traces.values()))[0]
-    print("unit times, ms: " + " ".join(f"{1e3 * unit.seconds:.0f}" for unit in traced.units))
+    if overheads:
+        print(
+            f"between two rounds of ParaStep: {statistics.median(overheads):.2f} ms median in which no rank evaluates"
+        )
+    for traced in SplitDenoiser._traces.values():
+        print("unit times, ms: " + " ".join(f"{1e3 * unit.seconds:.0f}" for unit in traced[0].units))
     result = {"steps": options.steps, "size": options.size, "factor": factor, "rows": table}
     (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)
     (ROOT / "build" / "bench" / "result.json").write_text(json.dumps(result, indent=1))
