@@ -5,7 +5,7 @@ ifdef COMFYUI_DIR  # a user's own checkout: nothing is written into it, no bytec
 export PYTHONDONTWRITEBYTECODE := 1
 endif
 
-.PHONY: demo test lint bench families faults soak fuzz setup clean distclean
+.PHONY: demo test lint bench quality families faults soak fuzz setup clean distclean
 .DEFAULT_GOAL := demo
 
 demo: setup  ## one prompt through ComfyUI alone and through both nodes: a table and a picture
@@ -22,6 +22,11 @@ lint: setup
 
 bench: setup  ## speed on a denoiser heavy enough to tell
 	@$(BIN)/python scripts/bench.py
+
+quality: setup  ## how close both blocks come to ComfyUI alone, on the trained model: docs/results.md
+	@$(BIN)/python scripts/fidelity.py --block split
+	@$(BIN)/python scripts/fidelity.py --block parastep --steps 20,30,50
+	@$(BIN)/python scripts/fidelity.py --block parastep --steps 20,30,50 --sampler dpmpp_2m
 
 families: setup  ## every architecture, U-Nets at full size: docs/families.md
 	LEAPFROG_WRITE_DOCS=1 LEAPFROG_FULL_SIZE=1 $(BIN)/pytest tests/multirank/test_families.py tests/full_size
