@@ -61,8 +61,9 @@ def test_a_workflow_opens_whole(
     finally:
         page.set("Comfy.VueNodes.Enabled", False)
     assert [node["type"] for node in nodes if not node["known"]] == []
-    schema = comfy_server.get(f"/object_info/{node_id}")[node_id]["input"]["required"]
-    defaults = {name: spec[1]["default"] for name, spec in schema.items() if "default" in spec[1]}
+    schema = comfy_server.get(f"/object_info/{node_id}")[node_id]["input"]
+    inputs = {**schema["required"], **schema.get("optional", {})}
+    defaults = {name: spec[1]["default"] for name, spec in inputs.items() if "default" in spec[1]}
     assert [node["widgets"] for node in nodes if node["type"] == node_id] == [defaults | CHANGED.get(workflow, {})]
     for one, other in itertools.combinations(nodes, 2):
         assert are_apart(one["bounds"], other["bounds"]), f"{one['type']} and {other['type']} overlap"
