@@ -11,18 +11,18 @@ from campaign import EXACT, PARASTEP
 
 @pytest.mark.timeout(300)
 def test_whatever_breaks_the_next_prompts_are_right(capsys: pytest.CaptureFixture[str]):
-    kinds = ("kill -9", "pause", "cancel", "exception", "garbage")
-    figures = faults.run(6, 54, kinds, (EXACT, PARASTEP))
+    kinds = ("kill -9", "pause", "cancel", "garbage")
+    figures = faults.run(4, 54, kinds, (EXACT, PARASTEP))
     assert figures.bad == 0, capsys.readouterr().out
-    assert figures.injected.total() == 6
-    assert figures.later >= 6
+    assert figures.injected.total() == 4
+    assert figures.later >= 4
     assert set(figures.injected) == set(kinds)
 
 
 @pytest.mark.timeout(300)
 def test_many_prompts_leave_no_more_than_a_few(capsys: pytest.CaptureFixture[str]):
-    found = soak.run(40, every=20, settle_s=0.0)
-    assert found.prompts == 40
+    found = soak.run(20, every=10, settle_s=0.0)
+    assert found.prompts == 20
     assert found.cancelled >= 1
     # so early the allocators still grow to what the largest picture needs
     assert found.good(bound=0.1), capsys.readouterr().out

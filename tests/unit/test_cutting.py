@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from leapfrog.parallel_backend.units import Flow
 MB = 1 << 20
 
 
-def seen(seconds: list[float], device: str = "cpu", free: int | None = None, nbytes: int = MB) -> Traced:
-    units = [UnitTrace(f"blocks.{i}", s, nbytes) for i, s in enumerate(seconds)]
-    return Traced(units=units, flow=Flow([], [], []), free=free, device=device)
+def seen(seconds: list[float], device: str = "cpu", free: int | None = None, nbytes: Sequence[int] = ()) -> Traced:
+    sizes = nbytes or [MB] * len(seconds)
+    units = [UnitTrace(f"blocks.{i}", s, b) for i, (s, b) in enumerate(zip(seconds, sizes, strict=True))]
+    flow = Flow([[] for _ in units], [], [None for _ in units])
+    return Traced(units=units, flow=flow, free=free, device=device)
 
 
 def cut(traces: list[Traced], lanes: list[list[int]], current: Cut | None = None, **plan: Any) -> list[tuple[int, int]]:
@@ -50,9 +53,7 @@ def test_the_slower_of_two_lanes_counts():
 
 
 def test_balance_by_memory():
-    traces = [
-        Traced(units=[UnitTrace(str(i), s, b) for i, (s, b) in enumerate([(1, MB)] * 4 + [(4, MB)])], device="cpu")
-    ] * 2
+    traces = [seen([1, 1, 1, 1, 4])] * 2
     assert cut(traces, [[0, 1]]) == [(0, 3), (4, 4)]
     assert cut(traces, [[0, 1]], balance="memory") == [(0, 2), (3, 4)]
 
