@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,9 +14,8 @@ from leapfrog.parallel_backend.units import Flow
 MB = 1 << 20
 
 
-def seen(seconds: list[float], device: str = "cpu", free: int | None = None, nbytes: Sequence[int] = ()) -> Traced:
-    sizes = nbytes or [MB] * len(seconds)
-    units = [UnitTrace(f"blocks.{i}", s, b) for i, (s, b) in enumerate(zip(seconds, sizes, strict=True))]
+def seen(seconds: list[float], device: str = "cpu", free: int | None = None) -> Traced:
+    units = [UnitTrace(f"blocks.{i}", s, MB) for i, s in enumerate(seconds)]
     flow = Flow([[] for _ in units], [], [None for _ in units])
     return Traced(units=units, flow=flow, free=free, device=device)
 
