@@ -7,25 +7,27 @@ import math
 import os
 
 log = logging.getLogger("leapfrog")
+SECONDS = {"LEAPFROG_STEP_TIMEOUT": 600.0, "LEAPFROG_START_TIMEOUT": 180.0, "LEAPFROG_IDLE_S": 3600.0}
+"""What holds where nothing is set."""
 
 
 def step_timeout_s() -> float:
     """The longest that a rank may take for an answer; calls of a known size get much less."""
-    return _seconds("LEAPFROG_STEP_TIMEOUT", 600.0)
+    return _seconds("LEAPFROG_STEP_TIMEOUT")
 
 
 def start_timeout_s() -> float:
     """The longest that ranks may take to start."""
-    return _seconds("LEAPFROG_START_TIMEOUT", 180.0)
+    return _seconds("LEAPFROG_START_TIMEOUT")
 
 
 def idle_s() -> float:
     """How long ranks wait for the next prompt before they end; 0 for ever."""
-    return _seconds("LEAPFROG_IDLE_S", 3600.0)
+    return _seconds("LEAPFROG_IDLE_S")
 
 
-def _seconds(name: str, default: float) -> float:
-    text = os.environ.get(name, "")
+def _seconds(name: str) -> float:
+    default, text = SECONDS[name], os.environ.get(name, "")
     if not text:
         return default
     try:

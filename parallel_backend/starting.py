@@ -40,9 +40,9 @@ def start_ranks(pool: Pool, host: ComfyHost, tick: Tick) -> None:
     """
     devices, world = pool.devices, len(pool.devices)
     start = _Start(pool, tick)
-    log.info("Leapfrog: starting %d ranks on %s", world, ",".join(devices))
+    backend, why = backend_of(devices)
+    log.info("Leapfrog: starting %d ranks on %s, talking %s, %s", world, ",".join(devices), backend, why)
     secret = secrets.token_hex(32)
-    backend = backend_of(devices)
     threads = _threads_per_rank(devices)
     try:
         with Door(secret, world) as door:
@@ -131,13 +131,14 @@ def _threads_per_rank(devices: Sequence[str]) -> int:
     return max(1, this_machine().cores // shared) if shared else 0
 
 
-def backend_of(devices: Sequence[str]) -> str:
-    """torch.distributed's backend for ranks on these devices."""
+def backend_of(devices: Sequence[str]) -> tuple[str, str]:
+    """torch.distributed's backend for ranks on these devices, and why it is that one."""
     import torch.distributed as dist
 
-    alone = len(set(devices)) == len(devices) or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
-    if all(d != CPU for d in devices) and alone and dist.is_available() and dist.is_nccl_available():
-        return "nccl"
-    if any(d != CPU for d in devices):
-        log.info("Leapfrog: ranks talk gloo, through host memory, because NCCL cannot serve %s", ",".join(devices))
-    return "gloo"
+    if CPU in devices:
+        return "gloo", "through host memory, because ranks are on the CPU"
+    if not dist.is_available() or not dist.is_nccl_available():
+        return "gloo", "through host memory, because this torch has no NCCL"
+    if len(set(devices)) < len(devices) and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+        return "gloo", "through host memory, because NCCL serves one rank for each GPU only"
+    return "nccl", "because each rank has a GPU and this torch has NCCL"

@@ -7,10 +7,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch.distributed as dist
-
 from ..errors import LeapfrogError
-from ..plan import CPU, LanesPlan, SplitPlan
+from ..plan import LanesPlan, SplitPlan
+from ..settings import SECONDS
 from ..starting import backend_of
 from .sheet import Sheet
 
@@ -28,9 +27,7 @@ class Setting:
 
 
 SETTINGS: Mapping[str, Setting] = {
-    "LEAPFROG_STEP_TIMEOUT": Setting("600", "seconds"),
-    "LEAPFROG_START_TIMEOUT": Setting("180", "seconds"),
-    "LEAPFROG_IDLE_S": Setting("3600", "seconds"),
+    **{name: Setting(f"{default:g}", "seconds") for name, default in SECONDS.items()},
     "LEAPFROG_TRACE_DIR": Setting("no traces", "folder"),
     "LEAPFROG_SHARE_GPU": Setting("0", "0 or 1"),
 }
@@ -47,7 +44,7 @@ def choices(sheet: Sheet, text: str) -> tuple[str, ...]:
         return ()
     sheet.row("devices", f"'{text}' is {count(split.devices)}")
     if len(split.devices) > 1:
-        sheet.row("backend", f"{backend_of(split.devices)}, {why_backend(split.devices)}")
+        sheet.row("backend", ", ".join(backend_of(split.devices)))
     else:
         sheet.row("backend", "none: a device alone talks to nobody")
     sheet.row("Async UNet Split", "\n".join(_split_text(split)))
@@ -60,17 +57,6 @@ def count(devices: Sequence[str]) -> str:
     """Devices in words."""
     named = ", ".join(devices)
     return f"{len(devices)} devices: {named}" if len(devices) > 1 else f"one device: {named}"
-
-
-def why_backend(devices: Sequence[str]) -> str:
-    """Why the ranks on these devices talk what they talk."""
-    if any(device == CPU for device in devices):
-        return "through host memory, because ranks are on the CPU"
-    if not dist.is_available() or not dist.is_nccl_available():
-        return "through host memory, because this torch has no NCCL"
-    if len(set(devices)) < len(devices) and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
-        return "through host memory, because NCCL serves one rank for each GPU only"
-    return "because each rank has a GPU and this torch has NCCL"
 
 
 def _split_text(plan: SplitPlan) -> list[str]:

@@ -41,7 +41,7 @@ def self_test(sheet: Sheet, devices: Sequence[str], host: ComfyHost, tick: Tick)
         pids = pool.pids
         try:
             took = f"{time.perf_counter() - began:.1f} s"
-            sheet.row("start", f"ok, {len(devices)} ranks, talking {backend_of(devices)}, in {took}{_free(pool)}")
+            sheet.row("start", f"ok, {len(devices)} ranks, talking {backend_of(devices)[0]}, in {took}{_free(pool)}")
             _echo(sheet, pool, tick)
             _links(sheet, pool, tick)
         except LeapfrogError as error:

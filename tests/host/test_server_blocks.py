@@ -13,6 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from campaign import is_rank, wait_until
 from comfy_server import ComfyServer, PromptError, PromptInterrupted
 
 BLOCKS = {"async_unet_split": "split", "parastep_sampler": "sampler", "parastep_ksampler": "sample"}
@@ -48,14 +49,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def ranks(server: ComfyServer) -> list[psutil.Process]:
-    return [one for one in server.processes() if any(Path(part).name == "parallel_backend" for part in one.cmdline())]
-
-
-def wait_until(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
+    return [one for one in server.processes() if is_rank(one)]
 
 
 def in_the_middle(server: ComfyServer, graph: Graph) -> str:

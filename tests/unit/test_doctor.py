@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from leapfrog.parallel_backend.doctor.choice import SETTINGS, choices, settings, why_backend
+from leapfrog.parallel_backend.doctor.choice import SETTINGS, choices, settings
 from leapfrog.parallel_backend.doctor.sheet import WIDTH, Hiding, Sheet
 from leapfrog.parallel_backend.protocol import Probe
+from leapfrog.parallel_backend.starting import backend_of
 from leapfrog.parallel_backend.worker.probe import probe
 from pack import ROOT
 
@@ -56,8 +57,8 @@ def test_places_are_hidden_however_they_are_written(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_home_at_the_top_is_not_found_in_other_paths(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("HOME", "/root")
-    assert Hiding()("/root/x /srv/root/x /rootfs") == "~/x /srv/root/x /rootfs"
+    monkeypatch.setenv("HOME", "/pat")
+    assert Hiding()("/pat/x /srv/pat/x /pattern") == "~/x /srv/pat/x /pattern"
 
 
 def test_problems_come_last_with_what_to_do(sheet: Sheet):
@@ -133,13 +134,13 @@ def test_one_device_passes_through(sheet: Sheet):
 
 
 def test_why_the_ranks_talk_what_they_talk(monkeypatch: pytest.MonkeyPatch):
-    assert "on the CPU" in why_backend(("cuda:0", "cpu"))
+    assert "on the CPU" in backend_of(("cuda:0", "cpu"))[1]
     monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE", raising=False)
     import torch.distributed as dist
 
     if dist.is_nccl_available():
-        assert "one rank for each GPU" in why_backend(("cuda:0", "cuda:0"))
-        assert "this torch has NCCL" in why_backend(("cuda:0", "cuda:1"))
+        assert "one rank for each GPU" in backend_of(("cuda:0", "cuda:0"))[1]
+        assert "this torch has NCCL" in backend_of(("cuda:0", "cuda:1"))[1]
 
 
 def test_a_python_without_torch_says_which_one_to_take(tmp_path: Path):
