@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError
 from .ahead import AheadSampler, Wave, check_sampler, sampler_name
 from .recipe import comfy_host, patches_of, recipe_of
 from .scout import Outputs
-from .standin import StandInPatcher, weightless
+from .standin import StandInPatcher, remote_twin
 
 
 def in_rounds(plan: LanesPlan, base: Any, tell: Callable[[str], None] = lambda text: None) -> Any:
@@ -47,7 +48,9 @@ class RoundsSampler(AheadSampler):
         guider = model.inner_model
         self._denoiser = denoiser = self._denoiser_for(guider.model_patcher)
         args = extra_args or {}
-        through = _through(args.get("model_options", {}), weightless(guider.inner_model, denoiser), guider)
+        base = guider.inner_model
+        twin = remote_twin(base, copy.copy(base.diffusion_model), denoiser)
+        through = _through(args.get("model_options", {}), twin, guider)
         denoiser.begin_run()
         self._notes.clear()
         try:

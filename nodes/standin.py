@@ -36,24 +36,33 @@ NOTHING_LOADED: dict[str, Any] = {
 }
 
 
-def weightless(base: comfy.model_base.BaseModel, denoiser: Remote) -> comfy.model_base.BaseModel:
-    """A copy of ``base`` that shares everything with it but the denoiser, whose forward calls ``denoiser``."""
+def weightless(base: comfy.model_base.BaseModel, denoiser: SplitDenoiser) -> comfy.model_base.BaseModel:
+    """A remote twin of ``base`` that keeps no weights of its denoiser alive."""
+
+    def empty(p: torch.nn.Parameter) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
+
+    dm = base.diffusion_model
+    return remote_twin(base, copy.deepcopy(dm, memo={id(p): empty(p) for p in dm.parameters()}), denoiser)
+
+
+def remote_twin(
+    base: comfy.model_base.BaseModel, shell: torch.nn.Module, denoiser: Remote
+) -> comfy.model_base.BaseModel:
+    """A copy of ``base`` that shares everything with it but the denoiser: that is ``shell``, a copy of the original
+    one, whose forward now calls ``denoiser``."""
     twin = copy.copy(base)
     twin._modules = dict(base._modules)
-    twin._modules["diffusion_model"] = _shell(base.diffusion_model, twin, denoiser)
+    twin._modules["diffusion_model"] = shell
+    _call_remotely(shell, twin, denoiser)
     for name in ("dynamic_vbars", "dynamic_pins", "dynamic_patchers"):
         twin.__dict__.pop(name, None)
     twin.__dict__.update(NOTHING_LOADED)
     return twin
 
 
-def _shell(dm: torch.nn.Module, twin: comfy.model_base.BaseModel, denoiser: Remote) -> torch.nn.Module:
-    def empty(p: torch.nn.Parameter) -> torch.nn.Parameter:
-        return torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
-
-    shell = copy.deepcopy(dm, memo={id(p): empty(p) for p in dm.parameters()})
-
-    takes_context_third = list(inspect.signature(type(dm).forward).parameters)[3:4] == ["context"]
+def _call_remotely(shell: torch.nn.Module, twin: comfy.model_base.BaseModel, denoiser: Remote) -> None:
+    takes_context_third = list(inspect.signature(type(shell).forward).parameters)[3:4] == ["context"]
 
     # Weak references: ComfyUI counts on a model being gone as soon as its last MODEL is.
     twin_ref, shell_ref = weakref.ref(twin), weakref.ref(shell)
@@ -72,7 +81,6 @@ def _shell(dm: torch.nn.Module, twin: comfy.model_base.BaseModel, denoiser: Remo
 
     # ComfyUI moves models about with .to(); there is nothing to move
     shell.__dict__.update(forward=forward, _apply=lambda fn, recurse=True: shell_ref())
-    return shell
 
 
 class Original(NamedTuple):
