@@ -28,10 +28,11 @@ REFUSED = {"sample_ar_video": "makes a video piece by piece, each from the one b
 
 
 class Wave(Coroutine):
-    """One guided evaluation under way; ``predicted``: at a latent that the sampler has not reached."""
+    """A guided evaluation under way, of so many ``lanes``; ``predicted``: where the sampler has not been."""
 
-    def __init__(self, guider: Any, work: Callable[[], Outputs], predicted: bool):
+    def __init__(self, guider: Any, work: Callable[[], Outputs], predicted: bool = False, lanes: int = 1):
         self.predicted = predicted
+        self.lanes = lanes
         self._guider = guider
         self._cfg = getattr(guider, "cfg", None)
         super().__init__(work, "leapfrog wave")
@@ -48,6 +49,12 @@ def ahead() -> bool:
     """Whether this is a wave at a predicted latent."""
     wave = current()
     return isinstance(wave, Wave) and wave.predicted
+
+
+def lanes_in_call() -> int:
+    """How many lanes have rows in the calls of this wave; 1 elsewhere."""
+    wave = current()
+    return wave.lanes if isinstance(wave, Wave) else 1
 
 
 def sampler_name(sampler: Any) -> str:
@@ -75,7 +82,9 @@ class AheadSampler(comfy.samplers.KSAMPLER):
         self.base = base
         self.last_run: Rounds | None = None
 
-    def start(self, guider: Any, work: Sequence[Callable[[], Outputs]], first: int) -> Sequence[Any]:
+    def start(
+        self, guider: Any, evaluate: Callable[[Question], Outputs], questions: Sequence[Question], first: int
+    ) -> Sequence[Any]:
         """Start evaluations of a round from its lane ``first`` on, all of them to run at once."""
         raise NotImplementedError
 
@@ -131,7 +140,7 @@ class AheadSampler(comfy.samplers.KSAMPLER):
         noise = NoiseState()
         rounds = Rounds(
             evaluate,
-            lambda questions, first: self.start(guider, [partial(evaluate, one) for one in questions], first),
+            partial(self.start, guider, evaluate),
             lambda answers: Scout(partial(run, callback=lambda info: None, disable=True), noise, answers),
             sigmas.tolist(),
             schedule,

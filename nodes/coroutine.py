@@ -31,8 +31,11 @@ class Coroutine:
         self._result: Any = None
         self._error: BaseException | None = None
         self._dropped = False
-        self._turn = threading.Semaphore(0)
-        self._back = threading.Semaphore(0)
+        # held by whoever waits for it; a Semaphore would cost several times as much
+        self._turn = threading.Lock()
+        self._back = threading.Lock()
+        self._turn.acquire()
+        self._back.acquire()
         context = contextvars.copy_context()
         self._thread = threading.Thread(target=context.run, args=(self._run, _TorchState()), name=name, daemon=True)
         self._thread.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -11,7 +12,7 @@ import comfy.samplers
 
 from ..parallel_backend import LeapfrogError, SplitDenoiser
 from .ahead import AheadSampler, Wave, check_sampler
-from .scout import Outputs
+from .scout import Outputs, Question
 
 log = logging.getLogger("leapfrog")
 
@@ -40,10 +41,13 @@ class LookaheadSampler(AheadSampler):
         self._denoiser = denoiser
         self._waves: list[PipelineWave] = []
 
-    def start(self, guider: Any, work: Sequence[Callable[[], Outputs]], first: int) -> list[PipelineWave]:
-        for lane, evaluate in enumerate(work, first):
-            self._waves.append(PipelineWave(self._denoiser, self._waves, guider, evaluate, lane > 0))
-        return self._waves[-len(work) :]
+    def start(
+        self, guider: Any, evaluate: Callable[[Question], Outputs], questions: Sequence[Question], first: int
+    ) -> list[PipelineWave]:
+        for lane, question in enumerate(questions, first):
+            work = partial(evaluate, question)
+            self._waves.append(PipelineWave(self._denoiser, self._waves, guider, work, lane > 0))
+        return self._waves[-len(questions) :]
 
     def schedule(self, steps: int, short: Any) -> Any:
         return self._denoiser.lookahead()

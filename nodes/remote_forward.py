@@ -14,7 +14,7 @@ import comfy.patcher_extension
 import torch
 
 from ..parallel_backend import LanesDenoiser, LeapfrogError, SplitDenoiser
-from .ahead import ahead
+from .ahead import ahead, lanes_in_call
 from .coroutine import pause
 from .inside_patches import ENTRIES, describe
 from .recipe import patches_of
@@ -75,7 +75,8 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     if isinstance(denoiser, LanesDenoiser):
         tree = (args, {**kwargs, "transformer_options": per_row(going, _rows(x))})
         alone = of_one_sigma(patcher.model.diffusion_model, going)
-        pending = denoiser.submit(tree, x, int(kwargs.get("num_video_frames", 1)), patches, tick, alone)
+        group = int(kwargs.get("num_video_frames", 1))
+        pending = denoiser.submit(tree, x, group, patches, tick, alone, lanes_in_call())
     else:
         tree = (args, {**kwargs, "transformer_options": going})
         stale = denoiser.plan.mode == "asyncdiff"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import torch
 
 from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError
 from .ahead import AheadSampler, Wave, check_sampler, sampler_name
+from .one_call import as_one, can_be_one, shares
 from .recipe import comfy_host, patches_of, recipe_of
-from .scout import Outputs
+from .scout import Outputs, Question
 from .standin import StandInPatcher, remote_twin
 
 
@@ -61,18 +63,22 @@ class RoundsSampler(AheadSampler):
         finally:
             denoiser.end_run()
 
-    def start(self, guider: Any, work: Sequence[Callable[[], Outputs]], first: int) -> list[LaneWave]:
+    def start(
+        self, guider: Any, evaluate: Callable[[Question], Outputs], questions: Sequence[Question], first: int
+    ) -> Sequence[Any]:
         assert self._denoiser
+        together = len(questions) > 1 and can_be_one(guider, questions)
+        lanes = len(questions) if together else 1
         group: list[LaneWave] = []
         try:
-            for lane, evaluate in enumerate(work):
-                group.append(LaneWave(self._denoiser, group, guider, evaluate, lane > 0))
+            for question in [as_one(questions)] if together else questions:
+                group.append(LaneWave(self._denoiser, group, guider, partial(evaluate, question), lanes))
             self._denoiser.flush(comfy.model_management.throw_exception_if_processing_interrupted)
         except BaseException:
             for wave in group:
                 wave.drop()
             raise
-        return group
+        return shares(group[0], lanes) if together else group
 
     def schedule(self, steps: int, short: Any) -> Any:
         denoiser, plan = self._denoiser, self.plan
@@ -114,15 +120,15 @@ class RoundsSampler(AheadSampler):
 
 
 class LaneWave(Wave):
-    """The evaluation of a lane. Those of its round, the ``group`` in order, go in step from one denoiser call to the
-    next, so that their rows travel together."""
+    """The evaluation of one or several lanes. Those of its round, the ``group`` in order, go in step from one denoiser
+    call to the next, so that their rows travel together."""
 
     def __init__(
-        self, denoiser: LanesDenoiser, group: list[LaneWave], guider: Any, work: Callable[[], Outputs], predicted: bool
+        self, denoiser: LanesDenoiser, group: list[LaneWave], guider: Any, work: Callable[[], Outputs], lanes: int
     ):
         self._denoiser = denoiser
         self._group = group
-        super().__init__(guider, work, predicted)
+        super().__init__(guider, work, lanes=lanes)
 
     def finish(self) -> Outputs:
         """Wait for what it gives."""

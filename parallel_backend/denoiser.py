@@ -483,10 +483,11 @@ def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int], tog
 
 @dataclass(eq=False)
 class LaneEvaluation:
-    """An evaluation of one lane; once it is sent, rows from ``begin`` of a batch."""
+    """An evaluation of so many lanes; once it is sent, rows from ``begin`` of a batch."""
 
     x: Any
     rows: Rows
+    lanes: int = 1
     batch: _Batch | None = None
     begin: int = 0
 
@@ -534,11 +535,11 @@ class LanesDenoiser(RemoteDenoiser):
         self._run = time.monotonic_ns()
 
     def submit(
-        self, inputs: Any, x: Any, group: int, patches: Patches, tick: Tick, alone: bool = False
+        self, inputs: Any, x: Any, group: int, patches: Patches, tick: Tick, alone: bool = False, lanes: int = 1
     ) -> LaneEvaluation:
         """Take in an evaluation of the denoiser at ``x`` of ``[rows, ...]``; rows stay together in groups of ``group``.
 
-        ``alone``: not in one batch with other evaluations.
+        ``alone``: not in one batch with other evaluations. Each conditioning has the rows of so many ``lanes``.
 
         Tensors in ``inputs`` whose first dimension is the number of rows, or of groups, are spread with them; the rest
         goes to all. ``conditionings`` is how many the calls of the run have had, at most.
@@ -546,8 +547,12 @@ class LanesDenoiser(RemoteDenoiser):
         if self._unsent and patches[0] != self._patches[0]:
             self.flush(tick)
         self._patches = patches
-        evaluation = LaneEvaluation(x, Rows(inputs, _first(x).shape[0], group, alone))
-        self.conditionings = max(self.conditionings, len(evaluation.rows.chunks))
+        rows = Rows(inputs, _first(x).shape[0], group, alone)
+        chunks = rows.chunks
+        self.conditionings = max(self.conditionings, len(chunks))
+        if lanes > 1:
+            rows.inputs = with_chunks(inputs, [chunk for chunk in chunks for _ in range(lanes)])
+        evaluation = LaneEvaluation(x, rows, lanes)
         self._unsent.append(evaluation)
         return evaluation
 
@@ -581,7 +586,8 @@ class LanesDenoiser(RemoteDenoiser):
             share = rows_of(payload, with_chunks(rows.inputs, own), rows, begin, end)
             messages[rank] = Evaluate(inputs=share, out=out + at * room, out_size=room, run=self._run)
         sent_at = time.perf_counter()
-        call = self._submit(pool, messages, payload, f"round of {len(members)}" if len(members) > 1 else "single", tick)
+        lanes = sum(member.lanes for member in members)
+        call = self._submit(pool, messages, payload, f"round of {lanes}" if lanes > 1 else "single", tick)
         batch = _Batch(
             call, torch.Size((rows.count, *_first(members[0].x).shape[1:])), sent_at, shares, len(members), {}
         )

@@ -81,10 +81,13 @@ def watched(
     seen: list[Any] = []
 
     def record(model: Any, behind: Any, question: Any) -> Any:
-        one = [question.x.clone(), question.sigma]
-        seen.append(one)  # in the order in which they begin: nodes may keep state from one to the next
+        lanes = ahead.lanes_in_call()
+        own = zip(question.x.clone().chunk(lanes), question.sigma.chunk(lanes), strict=True)
+        several = [list(one) for one in own]
+        seen.extend(several)  # in the order in which they begin: nodes may keep state from one to the next
         outputs = original(model, behind, question)
-        one.append(outputs[0].clone())
+        for one, output in zip(several, outputs[0].clone().chunk(lanes), strict=True):
+            one.append(output)
         return outputs
 
     original = ahead.evaluated
