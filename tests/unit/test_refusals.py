@@ -215,6 +215,13 @@ def test_a_patch_that_runs_a_function(model: Any, run: Any):
         run(model)
 
 
+def test_a_patch_of_numbers_that_cannot_travel(model: Any, run: Any):
+    difference = torch.zeros((), dtype=torch.complex128)
+    model.patches["diffusion_model.img_in.weight"] = [(1.0, ("diff", (difference,)), 1.0, None, None)]
+    with Refused("unsupported_patch", "complex128"):
+        run(model)
+
+
 def test_injections(model: Any, run: Any):
     model.set_injections("bypass", [comfy.model_patcher.PatcherInjection(lambda _: None, lambda _: None)])
     with Refused("unsupported_patch", "injections"):
