@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +15,7 @@ import comfy.samplers
 import comfy.sd
 import comfy.utils
 import comfy.weight_adapter
+import folder_paths
 
 from ..parallel_backend import ComfyHost, LeapfrogError, Recipe
 
@@ -38,7 +40,8 @@ def comfy_host() -> ComfyHost:
 def recipe_of(model: comfy.model_patcher.ModelPatcher) -> Recipe:
     """How to rebuild the denoiser of a MODEL from its file.
 
-    Raises LeapfrogError: no_recipe for a MODEL that no stock loader made, missing_file if its file is gone.
+    Raises LeapfrogError: no_recipe for a MODEL that no stock loader made, missing_file if its file is gone,
+    unknown_folder if its file lies where ComfyUI does not look for models.
     """
     made_by = getattr(model, "cached_patcher_init", None)
     if not made_by:
@@ -50,7 +53,32 @@ def recipe_of(model: comfy.model_patcher.ModelPatcher) -> Recipe:
         name, options = "checkpoint", args[6] if len(args) > 6 else {}
     else:
         raise LeapfrogError.of("no_recipe", f"This MODEL was made by {loader.__module__}.{loader.__qualname__}.")
-    return Recipe.of(name, args[0], options or {})
+    recipe = Recipe.of(name, args[0], options or {})
+    if not _is_known(args[0]):
+        raise LeapfrogError.of(
+            "unknown_folder",
+            f"The model file {Path(args[0]).name} is in none of the folders where ComfyUI looks for models, and "
+            "Leapfrog's ranks read no other.",
+        )
+    return recipe
+
+
+def _is_known(path: str) -> bool:
+    """Whether a file lies in a folder that ComfyUI's folder_paths has, of whatever type.
+
+    Either may be, or be behind, a symbolic link: as it is named or as it is resolved, one has to lie in the other.
+    """
+    folders = {folder for paths, *_ in folder_paths.folder_names_and_paths.values() for folder in paths}
+    names = [place for folder in folders for place in _named_and_resolved(folder)]
+    return any(_lies_in(file, folder) for file in _named_and_resolved(path) for folder in names)
+
+
+def _named_and_resolved(path: str) -> tuple[Path, Path]:
+    return Path(path).absolute(), Path(os.path.realpath(path))
+
+
+def _lies_in(file: Path, folder: Path) -> bool:
+    return file.is_relative_to(folder) and ".." not in file.relative_to(folder).parts
 
 
 def patches_of(model: comfy.model_patcher.ModelPatcher) -> Patches:

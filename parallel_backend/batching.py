@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .protocol import Payload
-from .tensors import TensorHead, flatten, slice_rows, unflatten
+from .tensors import TensorHead, flatten, laid_out, slice_rows, unflatten
 
 # Options whose tensors have no rows, whatever their first dimension is.
 WHOLE = frozenset(("inside_patches", "sample_sigmas"))
@@ -36,12 +36,13 @@ class Rows:
 def batched(calls: Sequence[Rows]) -> list[tuple[Rows, list[int]]]:
     """These calls as few as can be, each with the numbers of the given ones whose rows it has, in order.
 
-    Calls are put together where they differ in nothing but the values of tensors that have rows.
+    Calls are put together where they differ in nothing but the values of tensors that have rows. Raises LeapfrogError
+    unsupported_patch for inputs that cannot travel.
     """
     found: list[_Alike] = []
     for number, call in enumerate(calls):
-        spec, tensors = flatten(call.inputs, "denoiser input")
-        new = _Alike(call, spec, _spread(spec, [tuple(tensor.shape) for tensor in tensors], call), [number], [tensors])
+        spec, tensors, heads, _ = laid_out(call.inputs, "denoiser input")
+        new = _Alike(call, spec, _spread(spec, [head.shape for head in heads], call), [number], [tensors])
         there = None if call.alone else next((one for one in found if one.takes(new)), None)
         if there is None:
             found.append(new)

@@ -23,7 +23,7 @@ from .schedules.parastep import Guard, Predictor, row_shares
 from .settings import step_timeout_s
 from .starting import ComfyHost
 from .supervisor import acquire
-from .tensors import flatten
+from .tensors import flatten, laid_out
 from .units import Flow
 
 log = logging.getLogger("leapfrog")
@@ -71,10 +71,7 @@ class RemoteDenoiser:
     @staticmethod
     def check_patches(patches: Patches) -> None:
         """Raises LeapfrogError unsupported_patch, by name, for weight patches that cannot travel to a rank."""
-        try:
-            flatten(patches[1], "weight patches")
-        except TypeError as error:
-            raise LeapfrogError.of("unsupported_patch", f"{error}.") from None
+        laid_out(patches[1], "weight patches")
 
     def begin_run(self) -> None:
         """Forget stale state; call before the first step of every sampling run."""
@@ -566,10 +563,7 @@ class LanesDenoiser(RemoteDenoiser):
             assert self.report
             each_alone = [[rank] for rank in range(len(self.devices))]
             self.report.loaded = self._load(pool, None, each_alone, self._patches, tick)
-            try:
-                calls = batched([one.rows for one in waiting])
-            except TypeError as error:
-                raise LeapfrogError.of("unsupported_patch", f"{error}.") from None
+            calls = batched([one.rows for one in waiting])
             shares = row_shares([(rows.count, rows.group) for rows, _ in calls], len(self.devices))
             for (rows, members), share in zip(calls, shares, strict=True):
                 self._send(pool, rows, share, [waiting[number] for number in members], tick)

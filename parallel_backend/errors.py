@@ -20,6 +20,10 @@ HINTS = {
     "unsupported_patch": "Remove the node that adds it, or take Leapfrog's node out of this workflow.",
     "unsupported_sampler": "Choose one that KSamplerSelect offers, or take Leapfrog's node out of this workflow.",
     "missing_file": "Put the file back, or choose another one in the loader.",
+    "unknown_folder": (
+        "Put the file into one of ComfyUI's folders for models, such as models/diffusion_models, or name its folder in "
+        "extra_model_paths.yaml."
+    ),
     "rank_start": (
         "A free port on 127.0.0.1 and enough memory are needed. LEAPFROG_START_TIMEOUT (seconds) gives slow disks more "
         "time."

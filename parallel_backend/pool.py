@@ -24,7 +24,7 @@ from .errors import ErrorReport, LeapfrogError, error_of
 from .launcher import RankProcess
 from .protocol import ANSWERS, Failed, FromRank, HostMessage, Payload, RankMessage, Stop
 from .settings import step_timeout_s
-from .tensors import Arena, flatten, place
+from .tensors import Arena, laid_out
 
 log = logging.getLogger("leapfrog")
 POLL_S = 0.02
@@ -155,11 +155,7 @@ class Pool:
 
         Raises LeapfrogError unsupported_patch, with the place in the tree, for a value that cannot travel.
         """
-        try:
-            spec, tensors = flatten(tree, where)
-            heads, end = place(tensors)
-        except TypeError as error:
-            raise LeapfrogError.of("unsupported_patch", f"{error}.") from None
+        spec, tensors, heads, end = laid_out(tree, where)
         arena = self._free_arena(end + reserve, tick)
         arena.write(tensors, heads)
         return Payload(arena.name, spec, heads), end

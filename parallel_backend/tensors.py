@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 import torch
 
+from .errors import LeapfrogError
+
 ALIGN = 64
 MAX_DEPTH = 16
 MAX_DIMS = 16
@@ -104,6 +106,18 @@ def place(tensors: Iterable[torch.Tensor], start: int = 0) -> tuple[list[TensorH
         heads.append(TensorHead(_NAMES[tensor.dtype], tuple(tensor.shape), at))
         at += tensor.numel() * tensor.element_size()
     return heads, -(-at // ALIGN) * ALIGN
+
+
+def laid_out(tree: Any, where: str) -> tuple[Any, list[torch.Tensor], list[TensorHead], int]:
+    """A tree as it is sent to a rank: its spec, tensors, their heads from byte 0, and the first free byte after them.
+
+    Raises LeapfrogError unsupported_patch, with the place in the tree, for a value that cannot travel.
+    """
+    try:
+        spec, tensors = flatten(tree, where)
+        return spec, tensors, *place(tensors)
+    except TypeError as error:
+        raise LeapfrogError.of("unsupported_patch", f"{error}.") from None
 
 
 def slice_rows(head: TensorHead, rows: int, begin: int, end: int) -> TensorHead:

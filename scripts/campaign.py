@@ -29,6 +29,8 @@ DENOISER, LORA = "shapes_flux.safetensors", "campaign_lora.safetensors"
 SHARED_MEMORY = Path("/dev/shm")
 RANKS = 2
 STEPS = 10
+PATIENCE_S = 120.0
+"""A prompt without an answer after this long hangs."""
 ENDS = ("execution_success", "execution_error", "execution_interrupted")
 Graph = dict[str, Any]
 

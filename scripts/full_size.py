@@ -111,9 +111,11 @@ def empty(name: str) -> Any:
 
 
 def load(name: str) -> Any:
-    """The MODEL (a ModelPatcher) that ComfyUI's own loader makes of the file."""
+    """The MODEL (a ModelPatcher) that ComfyUI's own loader makes of the file, in a folder that ComfyUI then knows."""
     import comfy.sd
+    import folder_paths
 
+    folder_paths.add_model_folder_path("diffusion_models", str(FOLDER))
     return comfy.sd.load_diffusion_model(str(checkpoint(name)))
 
 

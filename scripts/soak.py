@@ -21,6 +21,7 @@ import psutil
 from campaign import (
     ALONE,
     EXACT,
+    PATIENCE_S,
     RANKS,
     STEPS,
     WORKFLOWS,
@@ -39,7 +40,6 @@ SIZES = ((128, 128), (128, 128), (160, 96), (96, 160), (192, 128))
 COLLECTS_S = 11.0
 """ComfyUI collects garbage when the last collection is ten seconds old."""
 BOUND = 0.02
-PATIENCE_S = 120.0
 MB = 1e6
 
 

@@ -46,6 +46,17 @@ def pytest_sessionfinish() -> None:
     family_table.write()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def known_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """ComfyUI knows the folders in which tests have their models."""
+    import folder_paths
+
+    from seeded import FOLDER
+
+    for folder in (FOLDER, tmp_path_factory.getbasetemp()):
+        folder_paths.add_model_folder_path("diffusion_models", str(folder))
+
+
 @pytest.fixture(scope="session")
 def chromium() -> str:
     """Path of the system's Chromium."""

@@ -12,6 +12,7 @@ import comfy.model_patcher
 import comfy.ops
 import comfy.samplers
 import comfy.sd
+import folder_paths
 import pytest
 import torch
 from comfy.k_diffusion import sampling
@@ -22,6 +23,7 @@ import tiny_models
 from generation import Request, generate, prompt
 from leapfrog.nodes import AsyncUNetSplit
 from leapfrog.nodes.parastep_sampler import plan_of
+from leapfrog.nodes.recipe import recipe_of
 from leapfrog.parallel_backend import LeapfrogError, supervisor
 from ranks import load, parastep, split
 
@@ -44,16 +46,17 @@ class Refused:
     """``with Refused(code, text)``: a LeapfrogError of that code whose message holds the text, and a hint."""
 
     def __init__(self, code: str, said: str):
-        self.code, self.said = code, said
+        self.code, self.said, self.text = code, said, ""
 
-    def __enter__(self) -> None:
-        return None
+    def __enter__(self) -> Refused:
+        return self
 
     def __exit__(self, kind: Any, error: Any, _where: Any) -> bool:
         assert isinstance(error, LeapfrogError), error
         assert error.report.code == self.code
         assert self.said in error.report.message
         assert error.report.hint in str(error)
+        self.text = str(error)
         return True
 
 
@@ -130,6 +133,69 @@ def test_a_file_that_is_gone(tmp_path: Path, run: Any):
         run(model)
 
 
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The one folder that ComfyUI knows."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {"checkpoints": ([str(folder)], set())})
+    return folder
+
+
+def made_of(model: Any, path: Path) -> Any:
+    """The MODEL as if a loader had read this file."""
+    model.cached_patcher_init = (comfy.sd.load_diffusion_model, (str(path), {}))
+    return model
+
+
+def a_file(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def test_a_file_in_no_folder_of_comfyui(model: Any, run: Any, known: Path):
+    with Refused("unknown_folder", "file elsewhere.safetensors is in none of the folders") as refused:
+        run(made_of(model, a_file(known.with_name("models-of-mine") / "elsewhere.safetensors")))
+    assert str(known.parent) not in refused.text
+
+
+@pytest.mark.parametrize("way_out", ["../elsewhere", "linked/../elsewhere"])
+def test_a_way_out_of_a_folder_of_comfyui(model: Any, known: Path, tmp_path: Path, way_out: str):
+    (tmp_path / "elsewhere").mkdir()
+    (known / "elsewhere").mkdir()
+    (tmp_path / "target").mkdir()
+    (known / "linked").symlink_to(tmp_path / "target", target_is_directory=True)
+    a_file(tmp_path / "elsewhere" / "x.safetensors")
+    with Refused("unknown_folder", "x.safetensors"):
+        recipe_of(made_of(model, known / way_out / "x.safetensors"))
+
+
+@pytest.mark.parametrize("named", ["x", "sub/x", "a_link/x", "sub/../x"])
+def test_a_file_in_a_folder_of_comfyui(model: Any, known: Path, tmp_path: Path, named: str):
+    (known / "a_link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (known / "sub").mkdir()
+    a_file(tmp_path / "elsewhere" / "x")
+    a_file(known / named)
+    assert recipe_of(made_of(model, known / named)).path == str((known / named).resolve())
+
+
+def test_a_file_of_comfyui_that_is_a_link(model: Any, known: Path, tmp_path: Path):
+    real = a_file(tmp_path / "elsewhere" / "x")
+    (known / "x").symlink_to(real)
+    assert recipe_of(made_of(model, known / "x")).path == str(real.resolve())
+    with Refused("unknown_folder", "x"):
+        recipe_of(made_of(model, real))
+
+
+def test_a_folder_of_comfyui_that_is_a_link(model: Any, known: Path, tmp_path: Path):
+    known.rmdir()
+    real = a_file(tmp_path / "elsewhere" / "x")
+    known.symlink_to(real.parent, target_is_directory=True)
+    for path in (known / "x", real):
+        assert recipe_of(made_of(model, path)).path == str(real.resolve())
+
+
 def test_a_merged_model(model: Any, run: Any):
     merged = ModelMergeSimple().merge(model, load("flux").clone(), 0.5)[0]
     with Refused("unsupported_patch", "ModelMerge"):
@@ -146,6 +212,13 @@ def test_a_patch_that_runs_a_function(model: Any, run: Any):
         (1.0, ("diff", (torch.zeros(()),)), 1.0, None, lambda weight: weight)
     ]
     with Refused("unsupported_patch", "diffusion_model.img_in.weight"):
+        run(model)
+
+
+def test_a_patch_of_numbers_that_cannot_travel(model: Any, run: Any):
+    difference = torch.zeros((), dtype=torch.complex128)
+    model.patches["diffusion_model.img_in.weight"] = [(1.0, ("diff", (difference,)), 1.0, None, None)]
+    with Refused("unsupported_patch", "complex128"):
         run(model)
 
 
