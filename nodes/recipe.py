@@ -68,7 +68,8 @@ def _is_known(path: str) -> bool:
 
     Either may be, or be behind, a symbolic link: as it is named or as it is resolved, one has to lie in the other.
     """
-    folders = {folder for paths, *_ in folder_paths.folder_names_and_paths.values() for folder in paths}
+    types = folder_paths.folder_names_and_paths.values()
+    folders = {folder_paths.models_dir, *(folder for paths, *_ in types for folder in paths)}
     names = [place for folder in folders for place in _named_and_resolved(folder)]
     return any(_lies_in(file, folder) for file in _named_and_resolved(path) for folder in names)
 
