@@ -260,8 +260,8 @@ class LanesPlan:
         lanes = self.lanes_for(conditionings)
         if lanes == 1:
             return None
-        bound = None if math.isinf(self.bound) else self.bound
-        return Guard(lanes, self.warmup, bound, self.eager), Predictor(self.predictor, spacing=2 if lanes >= 4 else 1)
+        guard = Guard(lanes, self.warmup, self.bound, self.eager)
+        return guard, Predictor(self.predictor, spacing=2 if lanes >= 4 else 1)
 
     def promise(self, steps: int, conditionings: int) -> str:
         """What may be expected of such a run, in a line for the user."""

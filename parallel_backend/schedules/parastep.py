@@ -161,17 +161,17 @@ class Guard:
     worst sample of the batch). A round that is accepted whole lets the next one grow by one lane, if that lane would
     have been accepted, too: its latent is predicted and compared, not evaluated. A round that is cut lets the next
     one shrink to what was accepted. So the run starts with single steps for as long as predictions are poor.
-    ``eager``: every round has all lanes all the same, to improve rejected ones. Without a bound all is accepted.
+    ``eager``: every round has all lanes all the same, to improve rejected ones. Within an infinite bound is everything.
     """
 
-    def __init__(self, lanes: int, warmup: int = 0, bound: float | None = None, eager: bool = False):
+    def __init__(self, lanes: int, warmup: int = 0, bound: float = math.inf, eager: bool = False):
         """Raises ValueError for values out of range."""
-        if lanes < 1 or warmup < 0 or (bound is not None and not bound >= 0):
+        if lanes < 1 or warmup < 0 or not bound >= 0:
             raise ValueError(f"no such guard: {lanes=}, {warmup=}, {bound=}")
         self._lanes = lanes
         self._warmup = warmup
         self._bound = bound
-        self._grown = lanes if bound is None or eager else 1
+        self._grown = lanes if math.isinf(bound) or eager else 1
         self._eager = eager
 
     def length(self, index: int) -> int:
@@ -180,9 +180,7 @@ class Guard:
 
     def accepts(self, point: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether an evaluation at ``point`` may stand for one at ``x``."""
-        if self._bound is None:
-            return True
-        return distance(point, x) <= self._bound
+        return math.isinf(self._bound) or distance(point, x) <= self._bound
 
     def cut(self, accepted: int) -> None:
         """A round of more than ``accepted`` evaluations had only the first of them accepted."""
