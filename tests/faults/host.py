@@ -43,7 +43,7 @@ def main() -> None:
         count += 1
         if count == 3:
             pool = denoiser._pool
-            print(json.dumps({"ranks": pool.pids, "memory": next(iter(pool._arenas))}), flush=True)
+            print(json.dumps({"ranks": pool.pids, "memory": next(iter(pool.arenas))}), flush=True)
 
 
 if __name__ == "__main__":
