@@ -57,9 +57,9 @@ def this_machine() -> Machine:
 def choose_devices(text: str, wanted: int, machine: Machine) -> tuple[str, ...]:
     """The devices of a pool, one per rank, such as ``("cuda:0", "cuda:1")`` or ``("cpu", "cpu")``.
 
-    ``text`` is what the user wrote: "auto", "0,1", "cuda:1", "cpu,cpu", "0,b/0" (of machine b). ``wanted`` is the number of
-    ranks, 0 for "as many as there are devices". "auto" takes CUDA devices if there are any, else two ranks on the CPU where it has two
-    cores. One device comes back where there is no second to use.
+    ``text`` is what the user wrote: "auto", "0,1", "cuda:1", "cpu,cpu", "0,b/0" (of machine b). ``wanted`` is the
+    number of ranks, 0 for "as many as there are devices". "auto" takes this machine's CUDA devices if there are any,
+    else two ranks on the CPU where it has two cores. One device comes back where there is no second to use.
 
     Raises LeapfrogError: bad_devices for a name that means nothing here, bad_plan for more ranks than devices,
     bad_machines where the file of machines is needed and cannot be used.
