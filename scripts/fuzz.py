@@ -7,6 +7,7 @@ Every frame is made by a generator with a seed, so the same command throws the s
     door         callers at the listener of a pool: garbage, parts of a proof, replays, wrong ranks, hang-ups, silence
     knock        answers to a rank that knocks: garbage, wrong proofs
     host, rank   a channel's two ends: announced lengths, msgpack garbage, mutated messages of every type
+    line         the same at the host's end of the line to another machine's joiner
     tree         specs and heads of tensors in shared memory
     orders       the line that starts a rank, and the options of a recipe
     description  the functions inside the denoiser that a call names
@@ -214,7 +215,11 @@ FROM_RANK = [
     protocol.Done(4, PAYLOAD, 1.0, 2.0, 0.5, 7, 0.25),
     protocol.Failed(5, ErrorReport("rank_oom", "no", 1, 2, "here")),
 ]  # fmt: skip
-ORDERS = protocol.LaunchSpec(1, 2, "cpu", "gloo", 1, 4711, SECRET, "/comfy", ["--cpu"], 600.0)
+ORDERS = protocol.LaunchSpec(1, 2, "b/cpu", "gloo", 1, 4711, SECRET, "/comfy", ["--cpu"], 600.0, "10.0.0.1", "10.0.0.2")
+FROM_JOINER = [
+    protocol.Offer("b", "cuda:0", {"PyTorch": "2.11.0"}), protocol.Beat(True), protocol.Said(30, "a line"),
+    protocol.Gone(-9, "was ended by SIGKILL"),
+]  # fmt: skip
 
 
 def in_order(message: Any) -> None:
@@ -235,6 +240,8 @@ def in_order(message: Any) -> None:
         elif isinstance(value, protocol.UnitTrace | protocol.Done | protocol.Loaded):
             numbers = [getattr(value, n) for n in ("seconds", "begin", "end", "nbytes", "sent") if hasattr(value, n)]
             require(all(0 <= number < math.inf for number in numbers))
+        elif isinstance(value, protocol.Said):
+            require(0 <= value.level <= 100 and len(value.text) <= 1 << 14)
         if isinstance(value, msgspec.Struct):
             for name in value.__struct_fields__:
                 walk(getattr(value, name))
@@ -341,7 +348,7 @@ def at_a_channel(mutator: Mutator, union: Any, messages: list[Any]) -> Frames:
     rng = mutator.rng
     bodies = [msgspec.msgpack.encode(message) for message in messages]
     trees = [msgspec.msgpack.decode(body) for body in bodies]
-    other_way = [msgspec.msgpack.encode(m) for m in (FROM_HOST if messages is FROM_RANK else FROM_RANK)]
+    other_way = [msgspec.msgpack.encode(m) for m in (FROM_RANK if messages is FROM_HOST else FROM_HOST)]
     while True:
         with channel.listen() as listener:
             other = socket.create_connection(listener.getsockname(), 10)
@@ -539,8 +546,9 @@ def own(thing: Any) -> None:
 TARGETS: dict[str, tuple[int, Callable[[Mutator], Frames]]] = {
     "door": (2, at_the_door),
     "knock": (2, at_a_rank_that_knocks),
-    "host": (33, lambda mutator: at_a_channel(mutator, protocol.FromRank, FROM_RANK)),
-    "rank": (33, lambda mutator: at_a_channel(mutator, protocol.FromHost, FROM_HOST)),
+    "host": (31, lambda mutator: at_a_channel(mutator, protocol.FromRank, FROM_RANK)),
+    "rank": (31, lambda mutator: at_a_channel(mutator, protocol.FromHost, FROM_HOST)),
+    "line": (4, lambda mutator: at_a_channel(mutator, protocol.FromJoiner, FROM_JOINER)),
     "tree": (20, at_a_tree),
     "orders": (5, at_the_orders),
     "description": (5, at_a_description),
