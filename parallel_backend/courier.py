@@ -6,6 +6,7 @@ has come.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import socket
@@ -76,10 +77,9 @@ class Courier(Generic[Received]):
 
     def hang_up(self) -> None:
         """End the connection; the other end, and whoever waits at this one, will notice."""
-        try:
-            self._out.connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
+        for end in (self._in, self._out):  # either may be closed already
+            with contextlib.suppress(OSError):
+                end.connection.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """When this returns nothing is written to the arenas any more."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+import tiny_models
 from generation import Request, distance, generate
 from leapfrog.nodes import AsyncUNetSplit
 from leapfrog.parallel_backend import LeapfrogError, guests, supervisor
 from other_machine import BACKEND, PORT, OtherMachine, cannot, within
+from pack import comfyui_dir
 from ranks import EXACT, load, reference, the_pool
 
 pytestmark = pytest.mark.skipif(bool(cannot()), reason=cannot())
+HOST = Path(__file__).with_name("host.py")
 NOTICED_S = 15.0
 STARTED_S = 60.0
 
@@ -56,7 +61,8 @@ def failing(on_step: Callable[..., None] | None = None) -> LeapfrogError:
     with pytest.raises(LeapfrogError) as caught:
         sample(on_step)
     assert not [pool for pool in supervisor._pools.values() if pool.alive]
-    assert not [one for one in psutil.Process().children() if one.cmdline()[1:] == [str(BACKEND)]]
+    alive = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
+    assert not [one for one in alive if one.cmdline()[1:] == [str(BACKEND)]]
     assert not {thread.name for thread in threading.enumerate()} & {"leapfrog-guest", "leapfrog-courier"}
     assert not listening()
     return caught.value
@@ -125,6 +131,7 @@ def test_a_joiner_is_killed(machine: OtherMachine):
 
     def strike() -> None:
         joiner.kill()
+        joiner.wait(10)
         rank.resume()
 
     report = failing(while_halted(rank, strike)).report
@@ -178,6 +185,18 @@ def test_a_slow_link(machine: OtherMachine, how: str):
             pytest.skip(f"this kernel has no {how.split()[0]}: {made.stderr.strip()}")
     assert right()
     assert the_pool() is pool
+
+
+def test_a_host_is_killed(machine: OtherMachine):
+    supervisor.close_all()
+    command = [sys.executable, HOST, comfyui_dir(), tiny_models.tiny_flux(), "cpu", "b/cpu"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as host:
+        assert host.stdout
+        assert host.stdout.readline()
+        (rank,) = machine.ranks()
+        host.kill()
+    assert within(5, lambda: not machine.ranks())
+    assert not rank.is_running()
 
 
 def test_nothing_listens_afterwards(machine: OtherMachine):
