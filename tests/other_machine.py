@@ -5,6 +5,7 @@ It shares the processor, the file system and the process table with this one, an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -95,7 +96,11 @@ class OtherMachine:
 
     def ranks(self) -> list[psutil.Process]:
         """What joiners have started."""
-        return [one for one in self.processes() if one.cmdline()[1:] == [str(BACKEND)]]
+        found = []
+        for one in self.processes():
+            with contextlib.suppress(psutil.Error):  # has ended meanwhile
+                found += [one] * (one.cmdline()[1:] == [str(BACKEND)])
+        return found
 
     def listeners(self) -> set[str]:
         """The addresses at which anything listens there."""

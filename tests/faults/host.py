@@ -1,6 +1,6 @@
 """A small host without ComfyUI's server: starts two ranks, prints what it holds, and evaluates until it is ended.
 
-Usage: host.py COMFYUI DENOISER [DEVICE DEVICE]. Prints one line of JSON: the process ids of the ranks on this machine and
+Usage: host.py COMFYUI DENOISER [DEVICE DEVICE]. Prints one line of JSON: the process ids of this machine's ranks and
 the name of the shared memory.
 SIGUSR1 makes it another program in the same process, as ComfyUI-Manager's reboot does.
 """

@@ -193,10 +193,9 @@ def test_a_host_is_killed(machine: OtherMachine):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as host:
         assert host.stdout
         assert host.stdout.readline()
-        (rank,) = machine.ranks()
+        assert len(machine.ranks()) == 1
         host.kill()
     assert within(5, lambda: not machine.ranks())
-    assert not rank.is_running()
 
 
 def test_nothing_listens_afterwards(machine: OtherMachine):
