@@ -13,7 +13,7 @@ import msgspec
 
 from .channel import Channel, Door
 from .courier import HostCourier
-from .errors import ErrorReport, LeapfrogError, error_of
+from .errors import LeapfrogError
 from .launcher import RankLog
 from .machines import Machines, versions
 from .plan import kind_of, machine_of
@@ -175,7 +175,7 @@ def _same_versions(guest: RemoteProcess, ours: Mapping[str, str]) -> None:
         if (theirs := guest.offer.versions.get(what, "unknown")) != version:
             guest.end(0)
             message = f"Machine {guest.offer.machine} has {what} {theirs}, this one has {version}."
-            raise error_of(ErrorReport("no_machine", message))
+            raise LeapfrogError.of("no_machine", message)
 
 
 def _who_is_missing(devices: Sequence[str], refused: set[str]) -> str:

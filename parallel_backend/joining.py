@@ -155,13 +155,11 @@ class Joiner:
                     except OSError as error:
                         line.send(Gone(1, f"could not be started: {error}"))
         if child:
-            how = child.how_it_ended
-            code = child.exit_code
             child.end(GRACE_S)
-            log.info("Leapfrog: the rank %s", how or "was ended")
+            log.info("Leapfrog: the rank %s", child.how_it_ended)
             with contextlib.suppress(OSError):
                 _pass_on(child, line)
-                line.send(Gone(child.exit_code or 0 if code is None else code, how or child.how_it_ended))
+                line.send(Gone(child.exit_code or 0, child.how_it_ended))
         line.close()
         return child is not None
 

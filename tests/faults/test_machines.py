@@ -187,6 +187,16 @@ def test_a_slow_link(machine: OtherMachine, how: str):
     assert the_pool() is pool
 
 
+def test_nothing_listens_afterwards(machine: OtherMachine):
+    assert right()
+    pids = the_pool().pids
+    supervisor.close_all()
+    assert not listening()
+    assert not machine.listeners()
+    assert not any(map(psutil.pid_exists, pids))
+    assert not machine.ranks()
+
+
 def test_a_host_is_killed(machine: OtherMachine):
     supervisor.close_all()
     command = [sys.executable, HOST, comfyui_dir(), tiny_models.tiny_flux(), "cpu", "b/cpu"]
@@ -196,13 +206,3 @@ def test_a_host_is_killed(machine: OtherMachine):
         assert len(machine.ranks()) == 1
         host.kill()
     assert within(5, lambda: not machine.ranks())
-
-
-def test_nothing_listens_afterwards(machine: OtherMachine):
-    assert right()
-    pids = the_pool().pids
-    supervisor.close_all()
-    assert not listening()
-    assert not machine.listeners()
-    assert not any(map(psutil.pid_exists, pids))
-    assert not machine.ranks()
