@@ -35,7 +35,8 @@ class AsyncUNetSplit(io.ComfyNode):
                 io.String.Input(
                     "devices",
                     default="auto",
-                    tooltip="'auto': all GPUs, or two processes on the CPU without one. Or a list: '0,1', 'cpu,cpu'.",
+                    tooltip="'auto': all GPUs, or two processes on the CPU without one. "
+                    "Or a list: '0,1', 'cpu,cpu', or '0,b/0' with a GPU of machine b.",
                 ),
                 io.Int.Input(
                     "components",

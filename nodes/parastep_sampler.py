@@ -38,7 +38,8 @@ OPTIONS = [
     io.String.Input(
         "devices",
         default="auto",
-        tooltip="'auto': all GPUs, or two processes on the CPU without one. Or a list: '0,1', 'cpu,cpu'.",
+        tooltip="'auto': all GPUs, or two processes on the CPU without one. "
+        "Or a list: '0,1', 'cpu,cpu', or '0,b/0' with a GPU of machine b.",
     ),
     io.Int.Input(
         "warmup_steps",

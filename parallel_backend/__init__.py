@@ -16,6 +16,9 @@ The life of one denoise step, which is also the reading order:
     hidden states through torch.distributed (``worker/links.py``).
 6.  The result comes back through shared memory; ``report.py`` keeps who did what when.
 
+Ranks of other machines are lent by joiners there (``joining.py``); ``guests.py`` is the host's side of them, and
+``courier.py`` carries the tensors that shared memory carries elsewhere.
+
 Importing this package starts nothing.
 """
 

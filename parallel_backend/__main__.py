@@ -2,7 +2,8 @@
 
 Nothing heavy is imported until the guard thread watches the death pipe, so a rank cannot outlive its host.
 
-With ``--doctor`` in front of its other arguments this is the doctor's command line instead.
+With ``--doctor`` in front of its other arguments this is the doctor's command line instead, with ``--join`` that of
+the joiner.
 """
 
 import importlib.util
@@ -66,7 +67,17 @@ def _doctor(arguments: list[str]) -> int:
     return doctor(arguments)
 
 
+def _join(arguments: list[str]) -> int:
+    sys.path.pop(0)  # as the doctor does
+    _import_backend()
+    from parallel_backend.joining import main as join
+
+    return join(arguments)
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--join"]:
+        sys.exit(_join(sys.argv[1:]))
     if sys.argv[1:2] == ["--doctor"]:
         sys.exit(_doctor(sys.argv[2:]))
     orders = _read_orders()
@@ -75,7 +86,7 @@ def main() -> None:
     _import_backend()
     from parallel_backend.worker.rank import run_rank
 
-    run_rank(orders)
+    run_rank(orders, lambda: os._exit(EXIT_HOST_GONE))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The control channel of one rank: typed messages over a loopback socket that both ends proved a secret on.
+"""The control channel of one rank: typed messages over a socket that both ends proved a secret on.
 
 A frame is four bytes of length, the highest first, and a msgpack body that is decoded into one union of message types,
 so nothing but those types can come out. Memory is taken for bytes that have come, never for bytes that are announced.
@@ -18,10 +18,9 @@ from typing import Any, Generic, TypeVar
 
 import msgspec
 
-from .protocol import MAX_MESSAGE
+from .protocol import LOOPBACK, MAX_MESSAGE
 
 Received = TypeVar("Received")
-LOOPBACK = "127.0.0.1"
 PROOF_TIMEOUT_S = 2.0
 SEND_TIMEOUT_S = 30.0
 MAX_WAITING = 64
@@ -53,9 +52,13 @@ class Channel(Generic[Received]):
         body = self._encode(message)
         if len(body) > MAX_MESSAGE:
             raise ValueError(f"a message of {len(body)} bytes is over the bound of {MAX_MESSAGE}")
+        self.push(_LENGTH.pack(len(body)) + body)
+
+    def push(self, data: bytes | memoryview) -> None:
+        """Send bytes as they are; errors as in :meth:`send`."""
         self.connection.settimeout(self._send_timeout_s)
         try:
-            self.connection.sendall(_LENGTH.pack(len(body)) + body)
+            self.connection.sendall(data)
         except TimeoutError:
             self.close()  # part of it went, so nothing else can
             raise
@@ -94,23 +97,23 @@ class Channel(Generic[Received]):
         self.connection.close()
 
 
-def listen() -> socket.socket:
-    """A listening socket on a free port of 127.0.0.1."""
-    return socket.create_server((LOOPBACK, 0), backlog=128)
+def listen(address: str = LOOPBACK, port: int = 0) -> socket.socket:
+    """A listening socket at this address, on a free port if none is given."""
+    return socket.create_server((address, port), backlog=128)
 
 
 # The handshake: the host sends a nonce; the rank answers with its own, its number and a proof; the host answers with a
 # proof. The secret itself is never sent, and neither end believes a caller or a listener that took over a port.
 
 
-def knock(port: int, rank: int, secret: str, timeout_s: float) -> socket.socket:
+def knock(port: int, rank: int, secret: str, timeout_s: float, host: str = LOOPBACK) -> socket.socket:
     """A rank's side: connect, prove the secret and say which rank this is, have the host prove it too.
 
     Turned away, it knocks again until ``timeout_s`` is over: strangers may crowd the door. Raises OSError.
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        sock = socket.create_connection((LOOPBACK, port), timeout=max(0.1, deadline - time.monotonic()))
+        sock = socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic()))
         try:
             prove(sock, rank, secret)
             return sock
@@ -148,23 +151,29 @@ def _proof(secret: str, side: bytes, nonce: bytes, claim: bytes) -> bytes:
 @dataclass
 class _Caller:
     sock: socket.socket
+    address: str
     nonce: bytes
     deadline: float
     said: bytes = b""
 
 
 class Door:
-    """The host's side: a listener on loopback that lets every rank of a pool in once, and nobody else.
+    """The host's side: a listener that lets every rank of a pool in once, and nobody else.
+
+    With ``again`` callers of any number below ``world`` come in as often as they like, which joiners of other machines
+    do. ``refused`` are addresses of some that proved wrong.
 
     Callers are heard at the same time, each for two seconds. Of more than 64 at a time the one that has waited longest
     is turned away, so neither slow callers nor many of them keep a rank out.
     """
 
-    def __init__(self, secret: str, world: int):
+    def __init__(self, secret: str, world: int, address: str = LOOPBACK, port: int = 0, again: bool = False):
         self._secret = secret
+        self._again = again
+        self.refused: set[str] = set()
         self._absent = set(range(world))
         self._callers: dict[socket.socket, _Caller] = {}
-        self._listener = listen()
+        self._listener = listen(address, port)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
         self._ready = selectors.DefaultSelector()
@@ -198,14 +207,14 @@ class Door:
     def _open(self) -> None:
         nonce = secrets.token_bytes(_NONCE)
         try:
-            sock, _ = self._listener.accept()
+            sock, (address, _) = self._listener.accept()
             sock.setblocking(False)
             sock.send(nonce)
         except OSError:
             return
         if len(self._callers) >= MAX_WAITING:
             self._turn_away(next(iter(self._callers.values())))
-        caller = self._callers[sock] = _Caller(sock, nonce, time.monotonic() + PROOF_TIMEOUT_S)
+        caller = self._callers[sock] = _Caller(sock, address, nonce, time.monotonic() + PROOF_TIMEOUT_S)
         self._ready.register(sock, selectors.EVENT_READ, caller)
 
     def _hear(self, caller: _Caller) -> int | None:
@@ -221,6 +230,8 @@ class Door:
         rank = int.from_bytes(claim[_NONCE:], "big")
         known = hmac.compare_digest(proof, _proof(self._secret, b"rank", caller.nonce, claim))
         if not known or rank not in self._absent:
+            if part and not known and len(self.refused) < MAX_WAITING:
+                self.refused.add(caller.address)
             self._turn_away(caller)
             return None
         try:
@@ -229,7 +240,8 @@ class Door:
             self._turn_away(caller)
             return None
         self._forget(caller)
-        self._absent.remove(rank)
+        if not self._again:
+            self._absent.remove(rank)
         return rank
 
     def _turn_away(self, caller: _Caller) -> None:

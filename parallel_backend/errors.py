@@ -10,7 +10,11 @@ import msgspec
 import torch
 
 HINTS = {
-    "bad_devices": "Write 'auto', 'cpu,cpu' or CUDA indices such as '0,1'.",
+    "bad_devices": "Write 'auto', 'cpu,cpu' or CUDA indices such as '0,1'; 'b/0' is the first GPU of machine b.",
+    "bad_machines": "docs/machines.md shows the file that LEAPFROG_MACHINES names. Every machine has a copy of it.",
+    "no_machine": (
+        "The joiner must run there, with the same file and the same versions of everything: docs/machines.md."
+    ),
     "bad_plan": "Lower the number, or name more devices.",
     "no_recipe": (
         "Leapfrog rebuilds the denoiser in its ranks from the file it came from. Use a stock loader "

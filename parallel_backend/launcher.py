@@ -10,15 +10,21 @@ import logging
 import os
 import re
 import signal
+import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from .protocol import LaunchSpec
+from .channel import SEND_TIMEOUT_S, Channel
+from .plan import kind_of
+from .protocol import LOOPBACK, FromRank, LaunchSpec
+from .tensors import Arena
 
 log = logging.getLogger("leapfrog")
 PACKAGE = Path(__file__).resolve().parent
@@ -32,23 +38,48 @@ KEPT_PREFIXES = ("LEAPFROG_", "NCCL_", "MALLOC_")
 # What worker/rank.py puts in front of the lines that have a level; the rest is what libraries print.
 LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):(.*)")
 MAX_LINE = 4096
+_GET_ADDRESS = 0x8915  # SIOCGIFADDR; the socket module does not have it
 
 
-def rank_environment(device: str, backend: str, threads: int) -> dict[str, str]:
-    """The environment of a rank on ``device``; it sees no other GPU and talks to other ranks on loopback only."""
+def rank_environment(device: str, backend: str, threads: int, address: str = LOOPBACK) -> dict[str, str]:
+    """The environment of a rank on ``device``; it sees no other GPU and talks to other ranks at ``address`` only.
+
+    Raises OSError where no interface of this machine has the address.
+    """
     env = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
     env["PYTHONUNBUFFERED"] = "1"
-    env["CUDA_VISIBLE_DEVICES"] = _visible(device)
+    env["CUDA_VISIBLE_DEVICES"] = _visible(kind_of(device))
     if threads:
         env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
         env["OMP_WAIT_POLICY"] = "PASSIVE"  # a thread that spins while it waits takes the core from another rank
-    loopback = {"linux": "lo", "darwin": "lo0"}.get(sys.platform)
-    if loopback:
-        env["GLOO_SOCKET_IFNAME"] = loopback
-        env.setdefault("NCCL_SOCKET_IFNAME", loopback)
+    if interface := interface_of(address):
+        env["GLOO_SOCKET_IFNAME"] = interface
+        env.setdefault("NCCL_SOCKET_IFNAME", interface)
     if backend == "nccl":
         env["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
     return env
+
+
+def interface_of(address: str) -> str:
+    """The network interface that has an address; "" where this system does not say, and PyTorch chooses.
+
+    Raises OSError if none has it.
+    """
+    if address == LOOPBACK:
+        return {"linux": "lo", "darwin": "lo0"}.get(sys.platform, "")
+    if sys.platform != "linux":
+        return ""
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(sock, _GET_ADDRESS, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # it has none
+            if answer[20:24] == socket.inet_aton(address):
+                return name
+    raise OSError(f"no network interface has {address} as its first address")
 
 
 def _visible(device: str) -> str:
@@ -60,23 +91,45 @@ def _visible(device: str) -> str:
     return host[index].strip() if index < len(host) else str(index)
 
 
-class RankProcess:
-    """One rank as an operating system process. Its log goes to ComfyUI's, and the tail of it is kept.
+class RankLog:
+    """What a rank prints: it goes to ComfyUI's log, and the tail of it is kept.
 
     Lines keep the level that the rank gave them, and have none below ERROR while it starts: ComfyUI's start-up is
     noise that the user has read already. What has no level is for debugging.
     """
 
-    def __init__(self, spec: LaunchSpec):
-        self.rank = spec.rank
+    def __init__(self, rank: int):
+        self.rank = rank
         self.starting = True
         self._tail: deque[str] = deque(maxlen=40)
+
+    def _said(self, level: int, text: str) -> None:
+        self._tail.append(text)
+        if self.starting and level < logging.ERROR:
+            level = logging.DEBUG
+        try:
+            log.log(level, "[Leapfrog rank %d] %s", self.rank, text)
+        except Exception:  # another pack's log handler
+            pass
+
+    def last_lines(self, count: int) -> tuple[str, ...]:
+        """The end of what it printed."""
+        return tuple(self._tail)[-count:]
+
+
+class RankProcess(RankLog):
+    """One rank as an operating system process. ``news_s`` is how soon one knows of its end."""
+
+    news_s = 0.2
+
+    def __init__(self, spec: LaunchSpec):
+        super().__init__(spec.rank)
         self._process = subprocess.Popen(
             [sys.executable, str(PACKAGE)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env=rank_environment(spec.device, spec.backend, spec.threads),
+            env=rank_environment(spec.device, spec.backend, spec.threads, spec.address),
             cwd=spec.comfy_root,
             # out of reach of the terminal's Ctrl+C, which is for the host
             start_new_session=os.name == "posix",
@@ -123,7 +176,11 @@ class RankProcess:
         """The end of what it printed; of a process that has ended, its last words."""
         if self.exit_code is not None:
             self._pump.join(0.5)
-        return tuple(self._tail)[-count:]
+        return super().last_lines(count)
+
+    def channel(self, sock: socket.socket, _arenas: Mapping[str, Arena]) -> Channel[FromRank]:
+        """The control channel over the socket that it came in with; it attaches to the arenas by their names."""
+        return Channel(sock, FromRank, SEND_TIMEOUT_S)
 
     def _pump_log(self) -> None:
         # Whatever happens to the log, the pipe must not fill: the rank would stop at its next line.
@@ -132,13 +189,7 @@ class RankProcess:
             line = raw.decode(errors="replace").rstrip()
             tagged = LEVEL.fullmatch(line)
             level, text = (logging.getLevelName(tagged[1]), tagged[2]) if tagged else (logging.DEBUG, line)
-            self._tail.append(text)
-            if self.starting and level < logging.ERROR:
-                level = logging.DEBUG
-            try:
-                log.log(level, "[Leapfrog rank %d] %s", self.rank, text)
-            except Exception:  # another pack's log handler
-                continue
+            self._said(level, text)
 
     def end(self, grace_s: float) -> None:
         """Close the death pipe, wait ``grace_s``, then kill. The process is gone when this returns."""

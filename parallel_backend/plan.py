@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from .calibration import USUAL, Calibration, ShortRun
 from .errors import LeapfrogError
+from .machines import Machines
 from .protocol import Recipe
 from .schedules.parastep import PREDICTORS, Guard, Predictor, ideal_speedup
 from .units import find_units
@@ -23,6 +24,16 @@ CFG_LANES = ("auto", "on", "off")
 BALANCES = ("speed", "memory")
 WORTH = 1.2
 """Speed-ups below this are not worth the difference."""
+
+
+def machine_of(device: str) -> str:
+    """The other machine whose device it is: "b" of "b/cuda:0", "" of "cuda:0"."""
+    return device.rpartition("/")[0]
+
+
+def kind_of(device: str) -> str:
+    """What the device is on its own machine: "cuda:0" of "b/cuda:0", "cpu" of "cpu"."""
+    return device.rpartition("/")[2]
 
 
 @dataclass(frozen=True)
@@ -46,16 +57,17 @@ def this_machine() -> Machine:
 def choose_devices(text: str, wanted: int, machine: Machine) -> tuple[str, ...]:
     """The devices of a pool, one per rank, such as ``("cuda:0", "cuda:1")`` or ``("cpu", "cpu")``.
 
-    ``text`` is what the user wrote: "auto", "0,1", "cuda:1", "cpu,cpu". ``wanted`` is the number of ranks, 0 for "as
-    many as there are devices". "auto" takes CUDA devices if there are any, else two ranks on the CPU where it has two
-    cores. One device comes back where there is no second to use.
+    ``text`` is what the user wrote: "auto", "0,1", "cuda:1", "cpu,cpu", "0,b/0" (of machine b). ``wanted`` is the
+    number of ranks, 0 for "as many as there are devices". "auto" takes this machine's CUDA devices if there are any,
+    else two ranks on the CPU where it has two cores. One device comes back where there is no second to use.
 
-    Raises LeapfrogError: bad_devices for a name that means nothing here, bad_plan for more ranks than devices.
+    Raises LeapfrogError: bad_devices for a name that means nothing here, bad_plan for more ranks than devices,
+    bad_machines where the file of machines is needed and cannot be used.
     """
     if text.strip().lower() == "auto":
         return _auto_devices(wanted, machine)
     named = tuple(_device(part.strip(), text, machine) for part in text.split(","))
-    repeated = sorted({d for d in named if d != CPU and named.count(d) > 1})
+    repeated = sorted({d for d in named if kind_of(d) != CPU and named.count(d) > 1})
     if repeated and os.environ.get("LEAPFROG_SHARE_GPU") != "1":
         raise LeapfrogError.of(
             "bad_devices", f"devices '{text}' names {repeated[0]} twice; each rank needs its own GPU."
@@ -85,6 +97,8 @@ def _auto_devices(wanted: int, machine: Machine) -> tuple[str, ...]:
 
 
 def _device(name: str, text: str, machine: Machine) -> str:
+    if elsewhere := machine_of(name):
+        return _elsewhere(elsewhere, kind_of(name), text)
     if name.lower() == CPU:
         return CPU
     match = re.fullmatch(r"(?:cuda:)?(\d{1,3})", name.lower())
@@ -95,6 +109,18 @@ def _device(name: str, text: str, machine: Machine) -> str:
         have = f"GPUs 0 to {machine.cuda - 1}" if machine.cuda else "no CUDA GPU, only 'cpu'"
         raise LeapfrogError.of("bad_devices", f"devices '{text}': there is no GPU {index}; this machine has {have}.")
     return f"cuda:{index}"
+
+
+def _elsewhere(machine: str, kind: str, text: str) -> str:
+    """A device of another machine; whether it is there is found out when the joiner offers it."""
+    others = Machines.configured()
+    if machine not in others.machines:
+        message = f"devices '{text}': machine '{machine}' is not one of {', '.join(others.machines) or 'none'}."
+        raise LeapfrogError.of("bad_devices", message)
+    match = re.fullmatch(r"cpu|(?:cuda:)?(\d{1,3})", kind.lower())
+    if not match:
+        raise LeapfrogError.of("bad_devices", f"devices '{text}': '{kind}' is not a device.")
+    return f"{machine}/{CPU}" if match[1] is None else f"{machine}/cuda:{int(match[1])}"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ import msgspec
 import torch
 
 from .channel import Channel
+from .courier import HostCourier
 from .errors import ErrorReport, LeapfrogError, error_of
+from .guests import RemoteProcess
 from .launcher import RankProcess
 from .protocol import ANSWERS, Failed, FromRank, HostMessage, Payload, RankMessage, Stop
 from .settings import step_timeout_s
@@ -35,6 +37,7 @@ MAX_ARENAS = 12
 LAST_LINES = 10
 
 Tick = Callable[[], None]
+Process = RankProcess | RemoteProcess
 
 
 class State(enum.Enum):
@@ -97,14 +100,14 @@ class Pool:
         self.memory: dict[str, Any] = {}
         self.users: weakref.WeakSet[object] = weakref.WeakSet()
         self.used_at = self.had_users_at = time.monotonic()
-        self.processes: list[RankProcess] = []
-        self.channels: dict[int, Channel[FromRank]] = {}
+        self.processes: list[Process] = []
+        self.channels: dict[int, Channel[FromRank] | HostCourier] = {}
         self._state = State.STARTING
         self._changing = threading.Lock()
         self._gone = threading.Event()
         self._calls: dict[int, Call] = {}
         self._number = 0
-        self._arenas: dict[str, Arena] = {}
+        self.arenas: dict[str, Arena] = {}
 
     @property
     def state(self) -> State:
@@ -116,10 +119,11 @@ class Pool:
 
     @property
     def pids(self) -> list[int]:
-        return [p.pid for p in self.processes]
+        """Of the ranks on this machine."""
+        return [p.pid for p in self.processes if p.pid is not None]
 
     @property
-    def dead(self) -> list[RankProcess]:
+    def dead(self) -> list[Process]:
         """The ranks whose processes have ended although nobody asked them to."""
         return [process for process in self.processes if self.alive and process.exit_code is not None]
 
@@ -164,28 +168,28 @@ class Pool:
         deadline = time.monotonic() + step_timeout_s()
         while True:
             used = {call.arena for call in self._calls.values()}
-            free = [arena for name, arena in self._arenas.items() if name not in used]
+            free = [arena for name, arena in self.arenas.items() if name not in used]
             large = [arena for arena in free if arena.size >= size]
             if large:
                 return large[0]
             if free:
-                self._arenas.pop(free[0].name).close()
-            if len(self._arenas) < MAX_ARENAS:
+                self.arenas.pop(free[0].name).close()
+            if len(self.arenas) < MAX_ARENAS:
                 arena = Arena.create(int(size * SPARE))
-                self._arenas[arena.name] = arena
+                self.arenas[arena.name] = arena
                 return arena
             self._pump(deadline, tick)
 
     def read(self, payload: Payload) -> Any:
         """A copy of a payload's tree. Raises LeapfrogError rank_error for what is none; the pool is then closed."""
         try:
-            return self._arenas[payload.arena].tree(payload.spec, payload.heads, copy=True)
+            return self.arenas[payload.arena].tree(payload.spec, payload.heads, copy=True)
         except (AttributeError, KeyError, ValueError):
             raise self.broken(ErrorReport("rank_error", "A rank sent a result that cannot be read.")) from None
 
     def is_finite(self, payload: Payload) -> bool:
         """Whether there is neither NaN nor infinity in a payload's tensors."""
-        arena = self._arenas[payload.arena]
+        arena = self.arenas[payload.arena]
         return all(bool(torch.isfinite(arena.view(head)).all()) for head in payload.heads)
 
     def submit(
@@ -282,14 +286,14 @@ class Pool:
         if isinstance(reply, Failed):
             # a rank whose neighbour died fails too, and may be heard first
             others = [process for process in self.processes if process.rank != rank]
-            dead = self._wait_for_end(others, 0.2)
+            dead = self._wait_for_end(others, max((process.news_s for process in others), default=0.0))
             if dead is not None:
                 raise self._died(dead)
             raise self.broken(reply.error or ErrorReport("rank_error", "A rank failed without a reason.", rank))
         return reply
 
     @staticmethod
-    def _wait_for_end(processes: Sequence[RankProcess], seconds: float) -> int | None:
+    def _wait_for_end(processes: Sequence[Process], seconds: float) -> int | None:
         """The rank of the first of these processes that has ended, None if none has within ``seconds``."""
         limit = time.monotonic() + seconds
         while True:
@@ -347,8 +351,8 @@ class Pool:
             thread.start()
         for thread in threads:
             thread.join()
-        for arena in self._arenas.values():
+        for arena in self.arenas.values():
             arena.close()
-        self._arenas.clear()
+        self.arenas.clear()
         self._calls.clear()
         self._gone.set()

@@ -15,13 +15,20 @@ from .units import Flow
 # Decoded, a message takes up to 72 times its length: msgpack writes an empty dict in a byte.
 MAX_MESSAGE = 16 << 20
 MAX_ROUNDS = 1000
+LOOPBACK = "127.0.0.1"
 Port = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 Loader = Literal["diffusion_model", "checkpoint"]
+Secret = Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Address = Annotated[str, msgspec.Meta(pattern=r"\A\d{1,3}(\.\d{1,3}){3}\Z")]
+Word = Annotated[str, msgspec.Meta(max_length=200)]
 
 
 class LaunchSpec(msgspec.Struct):
-    """What a rank reads from its standard input before anything else. ``threads`` 0 leaves the CPU threads alone."""
+    """What a rank reads from its standard input before anything else. ``threads`` 0 leaves the CPU threads alone.
+
+    The rank knocks at ``host``:``port``; other ranks reach it at ``address``.
+    """
 
     rank: int
     world: int
@@ -29,10 +36,12 @@ class LaunchSpec(msgspec.Struct):
     backend: str
     threads: int
     port: Port
-    secret: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+    secret: Secret
     comfy_root: str
     comfy_args: list[str]
     timeout_s: float
+    host: Address = LOOPBACK
+    address: Address = LOOPBACK
 
 
 class Payload(msgspec.Struct):
@@ -47,13 +56,15 @@ class Recipe(msgspec.Struct, frozen=True):
     """How to rebuild a denoiser: ComfyUI's loader ("diffusion_model" or "checkpoint"), the file, the loader's options.
 
     ``options`` is a tree spec without tensors. ``stamp`` is the file's (size in bytes, modification time in ns), so
-    that a file that changed on disk is another recipe.
+    that a file that changed on disk is another recipe. ``fingerprint`` is for ranks on other machines, which look for
+    the same file among their own.
     """
 
     loader: Loader
     path: str
     options: str
     stamp: tuple[int, int]
+    fingerprint: str = ""
 
     @classmethod
     def of(cls, loader: Loader, path: str, options: dict[str, Any]) -> Recipe:
@@ -78,9 +89,10 @@ class HostMessage(msgspec.Struct, tag_field="type", tag=str.lower):
 
 
 class Join(HostMessage):
-    """Form the process group; the store listens on 127.0.0.1:``store_port``."""
+    """Form the process group; the store listens on ``store_host``:``store_port``."""
 
     store_port: Port = 0
+    store_host: Address = LOOPBACK
 
 
 class Trace(HostMessage):
@@ -175,7 +187,7 @@ class RankMessage(msgspec.Struct, tag_field="type", tag=str.lower):
 
 
 class Hello(RankMessage):
-    """First message. Rank 0 names the port of the store it opened on 127.0.0.1; the others send 0."""
+    """First message. Rank 0 names the port of the store it opened; the others send 0."""
 
     store_port: Port = 0
 
@@ -266,3 +278,45 @@ ANSWERS: dict[type[HostMessage], type[RankMessage]] = {
 """What a rank answers, if it does not answer Failed."""
 
 FromRank = Hello | Ready | Traced | Loaded | Done | Probed | Failed | Ok
+
+
+class LineMessage(msgspec.Struct, tag_field="type", tag=str.lower):
+    """Base of what the host and the joiner on another machine send each other (``joining.py``)."""
+
+
+class Offer(LineMessage):
+    """What a joiner has: a device of its machine, "cpu" or "cuda:0", and the versions of what a rank is made of."""
+
+    machine: Word
+    device: Word
+    versions: dict[Word, Word]
+
+
+class Orders(LineMessage):
+    """Start a rank. In the place of the secret is a number used once, of which both sides derive it."""
+
+    spec: LaunchSpec
+
+
+class Beat(LineMessage):
+    """Still there. ``halted``: the joiner's rank is halted."""
+
+    halted: bool = False
+
+
+class Said(LineMessage):
+    """A line that the rank printed, with its level as in ``logging``."""
+
+    level: Annotated[int, msgspec.Meta(ge=0, le=100)]
+    text: Annotated[str, msgspec.Meta(max_length=1 << 14)]
+
+
+class Gone(LineMessage):
+    """The rank has ended, or could not be started; ``how`` in words."""
+
+    exit_code: int
+    how: Annotated[str, msgspec.Meta(max_length=1 << 14)]
+
+
+FromJoiner = Offer | Beat | Said | Gone
+ToJoiner = Orders | Beat

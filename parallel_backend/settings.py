@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from pathlib import Path
 
 log = logging.getLogger("leapfrog")
 SECONDS = {"LEAPFROG_STEP_TIMEOUT": 600.0, "LEAPFROG_START_TIMEOUT": 180.0, "LEAPFROG_IDLE_S": 3600.0}
@@ -24,6 +25,12 @@ def start_timeout_s() -> float:
 def idle_s() -> float:
     """How long ranks wait for the next prompt before they end; 0 for ever."""
     return _seconds("LEAPFROG_IDLE_S")
+
+
+def machines_file() -> Path | None:
+    """The file that says which other machines there are; None where there are none."""
+    path = os.environ.get("LEAPFROG_MACHINES")
+    return Path(path).expanduser() if path else None
 
 
 def _seconds(name: str) -> float:

@@ -13,12 +13,14 @@ from typing import Any
 
 import msgspec
 
-from .channel import SEND_TIMEOUT_S, Channel, Door
+from .channel import Door
 from .errors import ErrorReport
+from .guests import RemoteProcess, invite
 from .launcher import RankProcess
-from .plan import CPU, this_machine
+from .machines import Machines
+from .plan import CPU, kind_of, machine_of, this_machine
 from .pool import POLL_S, Pool, State, Tick
-from .protocol import Failed, FromRank, Hello, Join, LaunchSpec, RankMessage, Ready
+from .protocol import LOOPBACK, Failed, Hello, Join, LaunchSpec, RankMessage, Ready
 from .settings import start_timeout_s, step_timeout_s
 
 log = logging.getLogger("leapfrog")
@@ -42,33 +44,47 @@ def start_ranks(pool: Pool, host: ComfyHost, tick: Tick) -> None:
     start = _Start(pool, tick)
     backend, why = backend_of(devices)
     log.info("Leapfrog: starting %d ranks on %s, talking %s, %s", world, ",".join(devices), backend, why)
-    secret = secrets.token_hex(32)
+    once = secrets.token_hex(32)
     threads = _threads_per_rank(devices)
+    guests: dict[int, RemoteProcess] = {}
     try:
-        with Door(secret, world) as door:
+        machines = Machines.configured() if any(map(machine_of, devices)) else None
+        home, secret = (machines.listen, machines.pool_secret(once)) if machines else (LOOPBACK, once)
+        if machines:
+            guests = invite(devices, machines, host.root, start.check)
+        with Door(secret, world, home) as door:
             for rank, device in enumerate(devices):
-                args = list(host.args) + (["--cpu"] if device == CPU and "--cpu" not in host.args else [])
+                guest = guests.get(rank)
                 spec = LaunchSpec(
-                    rank=rank, world=world, device=device, backend=backend, comfy_args=args, secret=secret,
-                    threads=threads if device == CPU else 0, port=door.port, comfy_root=host.root,
-                    timeout_s=step_timeout_s(),
+                    rank=rank, world=world, device=device, backend=backend, comfy_args=_args(host, device),
+                    secret=once if guest else secret, threads=threads if device == CPU else 0, port=door.port,
+                    comfy_root=host.root, timeout_s=step_timeout_s(), host=home,
+                    address=guest.address if guest else home,
                 )  # fmt: skip
-                pool.processes.append(RankProcess(spec))
+                pool.processes.append(guest.launch(spec) if guest else RankProcess(spec))
             while missing := set(range(world)) - pool.channels.keys():
                 start.check(missing)
                 if caller := door.admit(POLL_S):
-                    pool.channels[caller[0]] = Channel(caller[1], FromRank, SEND_TIMEOUT_S)
+                    pool.channels[caller[0]] = pool.processes[caller[0]].channel(caller[1], pool.arenas)
         hello = start.gather(Hello)
         for channel in pool.channels.values():
-            channel.send(Join(store_port=hello[0].store_port))
+            channel.send(Join(store_port=hello[0].store_port, store_host=guests[0].address if 0 in guests else home))
         ready = start.gather(Ready)
         pool.opened([ready[rank].free for rank in range(world)])
     except OSError as error:
         raise pool.broken(ErrorReport("rank_start", f"The ranks could not be started: {error}.")) from error
     finally:
-        if pool.state is State.STARTING:
+        if pool.state is not State.READY:
             pool.close()
+            for guest in guests.values():
+                guest.end(0)
     log.info("Leapfrog: %d ranks ready (%s) after %.1f s", world, backend, start.seconds)
+
+
+def _args(host: ComfyHost, device: str) -> list[str]:
+    """ComfyUI's arguments for a rank on this device. Another machine's GPU computes though this one has none."""
+    args = [arg for arg in host.args if arg != "--cpu" or not machine_of(device)]
+    return args + (["--cpu"] if kind_of(device) == CPU and "--cpu" not in args else [])
 
 
 class _Start:
@@ -85,8 +101,11 @@ class _Start:
     def seconds(self) -> float:
         return time.monotonic() - self._began
 
-    def check(self, missing: Iterable[int]) -> None:
-        """Raises what ``tick`` raises, or LeapfrogError if waiting for the missing ranks is in vain."""
+    def check(self, missing: Iterable[int], nobody: str = "") -> None:
+        """Raises what ``tick`` raises, or LeapfrogError if waiting for the missing ranks is in vain.
+
+        ``nobody`` says who is missing where there are no processes yet.
+        """
         self._tick()
         pool = self._pool
         for process in pool.dead:
@@ -94,6 +113,8 @@ class _Start:
         if not pool.alive:
             raise pool.broken(ErrorReport("rank_start", "The ranks were ended while they started."))
         if self.seconds > self._timeout_s:
+            if nobody:
+                raise pool.broken(ErrorReport("no_machine", f"After {self._timeout_s:g} s {nobody}"))
             message = f"A rank was not ready after {self._timeout_s:g} s."
             raise pool.broken(ErrorReport("rank_start", message, pool.culprit(missing)))
         if self.seconds > STILL_S * (self._told + 1):
@@ -135,7 +156,7 @@ def backend_of(devices: Sequence[str]) -> tuple[str, str]:
     """torch.distributed's backend for ranks on these devices, and why it is that one."""
     import torch.distributed as dist
 
-    if CPU in devices:
+    if any(kind_of(device) == CPU for device in devices):
         return "gloo", "through host memory, because ranks are on the CPU"
     if not dist.is_available() or not dist.is_nccl_available():
         return "gloo", "through host memory, because this torch has no NCCL"

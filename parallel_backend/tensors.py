@@ -7,8 +7,10 @@ msgpack) plus one :class:`TensorHead` per tensor; the bytes lie in an :class:`Ar
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Iterable, Sequence
 from multiprocessing import resource_tracker, shared_memory
+from types import SimpleNamespace
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
@@ -131,7 +133,7 @@ def slice_rows(head: TensorHead, rows: int, begin: int, end: int) -> TensorHead:
 class Arena:
     """A shared memory segment. The host creates it and removes it; ranks attach by name."""
 
-    def __init__(self, memory: shared_memory.SharedMemory, owner: bool):
+    def __init__(self, memory: Any, owner: bool):
         self._memory = memory
         self._owner = owner
         self.name = memory.name
@@ -149,6 +151,18 @@ class Arena:
             return cls(shared_memory.SharedMemory(name=name), owner=False)
         finally:
             resource_tracker.register = register
+
+    @classmethod
+    def alone(cls, name: str, size: int) -> Arena:
+        """One that no other process has. What nobody writes to takes no memory; all goes with the last view."""
+        buffer = memoryview(mmap.mmap(-1, max(size, ALIGN)))
+        memory = SimpleNamespace(name=name, size=len(buffer), buf=buffer, close=lambda: None)
+        return cls(memory, owner=False)
+
+    def raw(self, head: TensorHead) -> memoryview:
+        """A tensor's bytes in place. Release it before :meth:`close`. Errors as in :meth:`view`."""
+        self.view(head)
+        return self._memory.buf[head.offset : head.offset + head.nbytes]
 
     def view(self, head: TensorHead) -> torch.Tensor:
         """The tensor in place, not copied. Drop it before :meth:`close`. Raises ValueError outside the segment."""

@@ -7,6 +7,7 @@ Every frame is made by a generator with a seed, so the same command throws the s
     door         callers at the listener of a pool: garbage, parts of a proof, replays, wrong ranks, hang-ups, silence
     knock        answers to a rank that knocks: garbage, wrong proofs
     host, rank   a channel's two ends: announced lengths, msgpack garbage, mutated messages of every type
+    line         the same at the host's end of the line to another machine's joiner
     tree         specs and heads of tensors in shared memory
     orders       the line that starts a rank, and the options of a recipe
     description  the functions inside the denoiser that a call names

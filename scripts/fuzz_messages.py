@@ -40,7 +40,11 @@ FROM_RANK = [
     protocol.Done(4, PAYLOAD, 1.0, 2.0, 0.5, 7, 0.25),
     protocol.Failed(5, ErrorReport("rank_oom", "no", 1, 2, "here")),
 ]  # fmt: skip
-ORDERS = protocol.LaunchSpec(1, 2, "cpu", "gloo", 1, 4711, SECRET, "/comfy", ["--cpu"], 600.0)
+ORDERS = protocol.LaunchSpec(1, 2, "b/cpu", "gloo", 1, 4711, SECRET, "/comfy", ["--cpu"], 600.0, "10.0.0.1", "10.0.0.2")
+FROM_JOINER = [
+    protocol.Offer("b", "cuda:0", {"PyTorch": "2.11.0"}), protocol.Beat(True), protocol.Said(30, "a line"),
+    protocol.Gone(-9, "was ended by SIGKILL"),
+]  # fmt: skip
 
 
 class Accepted(Exception):
@@ -70,6 +74,8 @@ def in_order(message: Any) -> None:
         elif isinstance(value, protocol.UnitTrace | protocol.Done | protocol.Loaded):
             numbers = [getattr(value, n) for n in ("seconds", "begin", "end", "nbytes", "sent") if hasattr(value, n)]
             require(all(0 <= number < math.inf for number in numbers))
+        elif isinstance(value, protocol.Said):
+            require(0 <= value.level <= 100 and len(value.text) <= 1 << 14)
         if isinstance(value, msgspec.Struct):
             for name in value.__struct_fields__:
                 walk(getattr(value, name))

@@ -15,7 +15,7 @@ import msgspec
 import torch
 from torch.overrides import get_overridable_functions
 
-from fuzz_messages import FROM_HOST, FROM_RANK, ORDERS, RECIPE, SECRET, Accepted, in_order, require
+from fuzz_messages import FROM_HOST, FROM_JOINER, FROM_RANK, ORDERS, RECIPE, SECRET, Accepted, in_order, require
 from fuzz_mutator import Mutator
 from leapfrog.parallel_backend import channel, protocol
 from leapfrog.parallel_backend.channel import Channel, Door
@@ -115,7 +115,7 @@ def at_a_channel(mutator: Mutator, union: Any, messages: list[Any]) -> Frames:
     rng = mutator.rng
     bodies = [msgspec.msgpack.encode(message) for message in messages]
     trees = [msgspec.msgpack.decode(body) for body in bodies]
-    other_way = [msgspec.msgpack.encode(m) for m in (FROM_HOST if messages is FROM_RANK else FROM_RANK)]
+    other_way = [msgspec.msgpack.encode(m) for m in (FROM_RANK if messages is FROM_HOST else FROM_HOST)]
     while True:
         with channel.listen() as listener:
             other = socket.create_connection(listener.getsockname(), 10)
@@ -313,8 +313,9 @@ def own(thing: Any) -> None:
 TARGETS: dict[str, tuple[int, Callable[[Mutator], Frames]]] = {
     "door": (2, at_the_door),
     "knock": (2, at_a_rank_that_knocks),
-    "host": (33, lambda mutator: at_a_channel(mutator, protocol.FromRank, FROM_RANK)),
-    "rank": (33, lambda mutator: at_a_channel(mutator, protocol.FromHost, FROM_HOST)),
+    "host": (31, lambda mutator: at_a_channel(mutator, protocol.FromRank, FROM_RANK)),
+    "rank": (31, lambda mutator: at_a_channel(mutator, protocol.FromHost, FROM_HOST)),
+    "line": (4, lambda mutator: at_a_channel(mutator, protocol.FromJoiner, FROM_JOINER)),
     "tree": (20, at_a_tree),
     "orders": (5, at_the_orders),
     "description": (5, at_a_description),

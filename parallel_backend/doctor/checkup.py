@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO, cast
 
-from ..plan import CPU
+from ..plan import CPU, kind_of
 from ..supervisor import ComfyHost
 from .choice import choices, count, settings
 from .comfyui import find_comfyui, nodes_in_comfyui
@@ -93,7 +93,7 @@ def _sections(sheet: Sheet, asked: argparse.Namespace, flags: Sequence[str], dea
         return
     self_test(sheet, tested, ComfyHost(str(comfyui)), deadline.tick)
     sheet.section("the nodes in ComfyUI")
-    if all(device == CPU for device in tested) and "--cpu" not in flags:
+    if all(kind_of(device) == CPU for device in tested) and "--cpu" not in flags:
         flags = [*flags, "--cpu"]
     nodes_in_comfyui(sheet, comfyui, flags, tested, asked.model, deadline.left)
     if not asked.model:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import LeapfrogError
 from ..plan import LanesPlan, SplitPlan
@@ -29,6 +30,7 @@ class Setting:
 SETTINGS: Mapping[str, Setting] = {
     **{name: Setting(f"{default:g}", "seconds") for name, default in SECONDS.items()},
     "LEAPFROG_TRACE_DIR": Setting("no traces", "folder"),
+    "LEAPFROG_MACHINES": Setting("this machine alone", "file"),
     "LEAPFROG_SHARE_GPU": Setting("0", "0 or 1"),
 }
 """All that the pack reads; docs/settings.md says what they mean."""
@@ -112,4 +114,6 @@ def _means_something(setting: Setting, value: str) -> bool:
             return 0 <= float(value) < math.inf
         except ValueError:
             return False
+    if setting.kind == "file":
+        return Path(value).expanduser().is_file()
     return value in ("0", "1") if setting.kind == "0 or 1" else True

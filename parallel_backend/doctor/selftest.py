@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import LeapfrogError
+from ..plan import CPU, kind_of
 from ..protocol import Echo, Probe, Probed
 from ..starting import backend_of
 from ..supervisor import ComfyHost, Pool, Tick, acquire, close_all
@@ -101,7 +102,7 @@ def _echo(sheet: Sheet, pool: Pool, tick: Tick) -> None:
 
 def _links(sheet: Sheet, pool: Pool, tick: Tick) -> None:
     """Every pair of ranks, one after another."""
-    nccl = all(device.startswith("cuda") for device in pool.devices)
+    nccl = all(kind_of(device) != CPU for device in pool.devices)
     sizes, rounds = [SMALL, LARGE_NCCL if nccl else LARGE], [50, 5]
     for first, second in itertools.combinations(range(len(pool.devices)), 2):
         ask = Probe(first=first, second=second, sizes=sizes, rounds=rounds)

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..channel import LOOPBACK, listen
+from ..channel import listen
 from ..tensors import place
 
 log = logging.getLogger("leapfrog.rank")
@@ -28,12 +28,12 @@ PATIENCE_S = 30.0
 """How much longer a rank waits for another than the host for both: the host knows better who is to blame."""
 
 
-def open_store(world: int) -> tuple[dist.TCPStore, int]:
-    """The rendezvous store, listening on a free port of 127.0.0.1 only; rank 0 owns it. Returns it with the port."""
-    listener = listen()
+def open_store(world: int, address: str) -> tuple[dist.TCPStore, int]:
+    """The rendezvous store, listening on a free port of one address only; rank 0 owns it. Returns it with the port."""
+    listener = listen(address)
     port = listener.getsockname()[1]
     store = dist.TCPStore(
-        LOOPBACK, port, world, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT,
+        address, port, world, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT,
         master_listen_fd=listener.detach(),
     )  # fmt: skip
     return store, port
@@ -42,8 +42,7 @@ def open_store(world: int) -> tuple[dist.TCPStore, int]:
 def shut_doors() -> None:
     """From now on no listener of this process lets anybody in; what is connected stays so.
 
-    The store and gloo ask callers for no secret, and gloo keeps every connection. Linux only: elsewhere they stay open,
-    on loopback.
+    The store and gloo ask callers for no secret, and gloo keeps every connection. Linux only: elsewhere they stay open.
     """
     if sys.platform != "linux":
         return
@@ -58,7 +57,7 @@ def shut_doors() -> None:
                 given = struct.pack("@HP", 1, ctypes.addressof(program))
                 sock.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, given)
         except OSError:
-            log.info("a listener stays open, on loopback: this system has no socket filters")
+            log.info("a listener stays open: this system has no socket filters")
         finally:
             sock.detach()
 

@@ -16,8 +16,10 @@ from typing import Any
 import msgspec
 import torch
 
-from ..channel import LOOPBACK, Channel, knock
-from ..errors import ErrorReport
+from ..channel import Channel, knock
+from ..courier import RankCourier
+from ..errors import ErrorReport, LeapfrogError
+from ..plan import machine_of
 from ..protocol import (
     Done,
     Echo,
@@ -36,6 +38,7 @@ from ..protocol import (
     Probed,
     RankMessage,
     Ready,
+    Recipe,
     Stop,
     Trace,
     Traced,
@@ -47,15 +50,16 @@ from .probe import probe
 
 CONNECT_TIMEOUT_S = 30.0
 MAPPED_ARENAS = 16
+HostLine = Channel[FromHost] | RankCourier
 OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
 
 
-def run_rank(orders: bytes) -> None:
-    """Serve one host until it says stop or goes away."""
+def run_rank(orders: bytes, host_gone: Callable[[], None]) -> None:
+    """Serve one host until it says stop or goes away, which is ``host_gone`` if it is on another machine."""
     spec = msgspec.json.decode(orders, type=LaunchSpec)
     log_with_levels()
-    sock = knock(spec.port, spec.rank, spec.secret, CONNECT_TIMEOUT_S)
-    channel: Channel[FromHost] = Channel(sock, FromHost)
+    sock = knock(spec.port, spec.rank, spec.secret, CONNECT_TIMEOUT_S, spec.host)
+    channel = RankCourier(sock, host_gone) if machine_of(spec.device) else Channel(sock, FromHost)
     try:
         rank = _start(spec, channel)
     except Exception as error:
@@ -64,8 +68,8 @@ def run_rank(orders: bytes) -> None:
     rank.serve()
 
 
-def _start(spec: LaunchSpec, channel: Channel[FromHost]) -> Rank:
-    store, port = open_store(spec.world) if spec.rank == 0 else (None, 0)
+def _start(spec: LaunchSpec, channel: HostLine) -> Rank:
+    store, port = open_store(spec.world, spec.address) if spec.rank == 0 else (None, 0)
     from .models.boot import boot_comfy
 
     device = boot_comfy(spec.comfy_args)
@@ -74,7 +78,7 @@ def _start(spec: LaunchSpec, channel: Channel[FromHost]) -> Rank:
     join = channel.receive(None)
     assert isinstance(join, Join)
     if store is None:
-        store = torch.distributed.TCPStore(LOOPBACK, join.store_port, spec.world, wait_for_workers=False)
+        store = torch.distributed.TCPStore(join.store_host, join.store_port, spec.world, wait_for_workers=False)
     links = Links(store, spec.rank, spec.world, spec.backend, device, spec.timeout_s)
     if spec.threads:
         torch.set_num_threads(spec.threads)
@@ -85,12 +89,12 @@ def _start(spec: LaunchSpec, channel: Channel[FromHost]) -> Rank:
 class Rank:
     """What one rank holds between messages: an arena, at most one denoiser."""
 
-    def __init__(self, spec: LaunchSpec, channel: Channel[FromHost], links: Links, device: torch.device):
+    def __init__(self, spec: LaunchSpec, channel: HostLine, links: Links, device: torch.device):
         self._spec = spec
         self._channel = channel
         self._links = links
         self._device = device
-        self._arenas: dict[str, Arena] = {}
+        self._arenas = channel.arenas if isinstance(channel, RankCourier) else Attached()
         self._held: Any = None
         self._step = 0
         self._run = 0
@@ -121,32 +125,25 @@ class Rank:
             reply.call = message.call
             self._channel.send(reply)
 
-    def _arena(self, name: str) -> Arena:
-        if name not in self._arenas:
-            while len(self._arenas) >= MAPPED_ARENAS:
-                self._arenas.pop(next(iter(self._arenas))).close()
-            self._arenas[name] = Arena.attach(name)
-        return self._arenas[name]
-
     def _tree(self, payload: Payload) -> Any:
-        return self._arena(payload.arena).tree(payload.spec, payload.heads)
+        return self._arenas[payload.arena].tree(payload.spec, payload.heads)
 
     def _trace(self, message: Trace) -> Traced:
         from .models.trace import trace
 
         assert message.recipe and message.inputs
         tree = self._tree(message.inputs)
-        return trace(message.recipe, tree, self._device, message.units, message.rounds, message.shapes)
+        return trace(_own(message.recipe), tree, self._device, message.units, message.rounds, message.shapes)
 
     def _load(self, message: Load) -> Loaded:
         from .models.denoiser import HeldDenoiser
 
         assert message.recipe and message.patches
         began = time.perf_counter()
-        held = self._held
-        if held is None or (held.recipe, held.cut, held.peers) != (message.recipe, message.cut, message.peers):
+        held, recipe = self._held, _own(message.recipe)
+        if held is None or (held.recipe, held.cut, held.peers) != (recipe, message.cut, message.peers):
             self._drop()
-            held = HeldDenoiser(message.recipe, message.cut, message.peers, self._links, self._device)
+            held = HeldDenoiser(recipe, message.cut, message.peers, self._links, self._device)
         held.patch(message.patches_id, self._tree(message.patches))
         self._held = held
         return Loaded(
@@ -208,7 +205,7 @@ class Rank:
 
     def _put(self, result: Any, message: Evaluate | Echo) -> Payload:
         assert message.inputs
-        arena = self._arena(message.inputs.arena)
+        arena = self._arenas[message.inputs.arena]
         spec, tensors = flatten(result, "denoiser output")
         heads, end = place(tensors, message.out)
         if end > message.out + message.out_size:
@@ -217,7 +214,26 @@ class Rank:
         return Payload(arena.name, spec, heads)
 
 
+class Attached(dict[str, Arena]):
+    """The host's arenas by name, attached when they are asked for."""
+
+    def __missing__(self, name: str) -> Arena:
+        while len(self) >= MAPPED_ARENAS:
+            self.pop(next(iter(self))).close()
+        self[name] = Arena.attach(name)
+        return self[name]
+
+
+def _own(recipe: Recipe) -> Recipe:
+    """The recipe with this machine's path of its file."""
+    from .models.files import among_ours
+
+    return among_ours(recipe) if recipe.fingerprint else recipe
+
+
 def _report(error: Exception, rank: int) -> ErrorReport:
+    if isinstance(error, LeapfrogError):
+        return msgspec.structs.replace(error.report, rank=rank)
     return ErrorReport(
         code="rank_oom" if _is_oom(error) else "rank_error",
         message=f"{type(error).__name__}: {error}",

@@ -1,6 +1,7 @@
 """A small host without ComfyUI's server: starts two ranks, prints what it holds, and evaluates until it is ended.
 
-Usage: host.py COMFYUI DENOISER. Prints one line of JSON: the ranks' process ids and the name of the shared memory.
+Usage: host.py COMFYUI DENOISER [DEVICE DEVICE]. Prints one line of JSON: the process ids of this machine's ranks and
+the name of the shared memory.
 SIGUSR1 makes it another program in the same process, as ComfyUI-Manager's reboot does.
 """
 
@@ -30,7 +31,7 @@ def main() -> None:
     spec.loader.exec_module(backend)
 
     recipe = backend.Recipe.of("diffusion_model", sys.argv[2], {})
-    plan = backend.SplitPlan(("cpu", "cpu"), warmup=1, mode="asyncdiff")
+    plan = backend.SplitPlan(tuple(sys.argv[3:]) or ("cpu", "cpu"), warmup=1, mode="asyncdiff")
     denoiser = backend.SplitDenoiser(plan, recipe, backend.ComfyHost(sys.argv[1], ("--cpu",)))
     x, step = torch.randn(1, 16, 8, 8), torch.ones(1)
     options = {"y": torch.randn(1, 768), "guidance": torch.ones(1), "transformer_options": {}}
@@ -43,7 +44,7 @@ def main() -> None:
         count += 1
         if count == 3:
             pool = denoiser._pool
-            print(json.dumps({"ranks": pool.pids, "memory": next(iter(pool._arenas))}), flush=True)
+            print(json.dumps({"ranks": pool.pids, "memory": next(iter(pool.arenas))}), flush=True)
 
 
 if __name__ == "__main__":

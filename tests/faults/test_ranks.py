@@ -309,7 +309,7 @@ def test_memory_is_freed_although_a_rank_died(exact: Run):
 def test_closing_leaves_nothing(exact: Run):
     exact(Request())
     pool = the_pool()
-    (segment, *_) = pool._arenas
+    (segment, *_) = pool.arenas
     threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("leapfrog-")]
     assert threads
     supervisor.close_all()

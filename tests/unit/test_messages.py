@@ -76,11 +76,19 @@ RANK_MESSAGES = [
     protocol.Traced(2, [protocol.UnitTrace(unit, 0.5, 8) for unit in "ab"], FLOW, 0.1, 0.2, 3, None, "cpu"),
     Done(4, PAYLOAD, 1.0, 2.0, 0.5, 7, 0.25), protocol.Failed(5, REPORT), protocol.Ok(6),
 ]  # fmt: skip
+ORDERS = protocol.LaunchSpec(1, 2, "b/cpu", "gloo", 0, 4711, SECRET, "/comfy", [], 60.0, "10.0.0.1", "10.0.0.2")
+JOINER_MESSAGES = [
+    protocol.Offer("b", "cuda:0", {"PyTorch": "2.11.0"}), protocol.Beat(True), protocol.Said(30, "a line"),
+    protocol.Gone(-9, "was ended by SIGKILL"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("message", "union"),
-    [(m, FromHost) for m in HOST_MESSAGES] + [(m, FromRank) for m in RANK_MESSAGES],
+    [(m, FromHost) for m in HOST_MESSAGES]
+    + [(m, FromRank) for m in RANK_MESSAGES]
+    + [(m, protocol.FromJoiner) for m in JOINER_MESSAGES]
+    + [(protocol.Orders(ORDERS), protocol.ToJoiner)],
     ids=lambda value: type(value).__name__,
 )
 def test_a_message_arrives_as_it_was_sent(message: msgspec.Struct, union):

@@ -28,6 +28,7 @@ class MadeUpRank:
     def __init__(self, rank: int, exit_code: int | None = None, stopped: bool = False):
         self.rank, self.exit_code, self.stopped = rank, exit_code, stopped
         self.pid = 1000 + rank
+        self.news_s = 0.2
         self.starting = True
         self.ended = 0
         self.connection, self._far_end = Pipe()
