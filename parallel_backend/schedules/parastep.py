@@ -162,6 +162,7 @@ class Guard:
     have been accepted, too: its latent is predicted and compared, not evaluated. A round that is cut lets the next
     one shrink to what was accepted. So the run starts with single steps for as long as predictions are poor.
     ``eager``: every round has all lanes all the same, to improve rejected ones. Within an infinite bound is everything.
+    ``accepted`` is the largest drift that a finite bound has let pass.
     """
 
     def __init__(self, lanes: int, warmup: int = 0, bound: float = math.inf, eager: bool = False):
@@ -173,6 +174,7 @@ class Guard:
         self._bound = bound
         self._grown = lanes if math.isinf(bound) or eager else 1
         self._eager = eager
+        self.accepted = 0.0
 
     def length(self, index: int) -> int:
         """Evaluations in a round that begins with evaluation ``index``."""
@@ -180,7 +182,12 @@ class Guard:
 
     def accepts(self, point: torch.Tensor, x: torch.Tensor) -> bool:
         """Whether an evaluation at ``point`` may stand for one at ``x``."""
-        return math.isinf(self._bound) or distance(point, x) <= self._bound
+        if math.isinf(self._bound):
+            return True
+        drift = distance(point, x)
+        if drift <= self._bound:
+            self.accepted = max(self.accepted, drift)
+        return drift <= self._bound
 
     def cut(self, accepted: int) -> None:
         """A round of more than ``accepted`` evaluations had only the first of them accepted."""
@@ -189,7 +196,7 @@ class Guard:
 
     def spare(self, lane: int, point: torch.Tensor, x: torch.Tensor) -> None:
         """A round was accepted whole; ``point`` was predicted for one more ``lane``, whose true latent is ``x``."""
-        if not self._eager and lane < self._lanes and self.accepts(point, x):
+        if not self._eager and lane < self._lanes and distance(point, x) <= self._bound:
             self._grown = max(self._grown, lane + 1)
 
 

@@ -41,6 +41,11 @@ def test_runs_that_tell_nothing_leave_the_usual_bounds(factor: float):
     assert measure(Model(factor)) == USUAL
 
 
+def test_a_run_in_which_nothing_was_accepted_tells_nothing():
+    """What differs then is rounding."""
+    assert measure(lambda schedule: TRUE * (1 if schedule is None else 1 + 1e-6)) == USUAL
+
+
 def test_each_model_and_sampler_is_measured_once(tmp_path: Path):
     file, said = tmp_path / "new" / "calibration.json", []
     model = Model(0.2)
