@@ -24,7 +24,10 @@ from .shared_noise import with_shared_noise
 GUIDED = ("denoised", "cond_denoised", "uncond_denoised")
 SHORT_STEPS = 16
 # Samplers that are no sequence of evaluations of one latent.
-REFUSED = {"sample_ar_video": "makes a video piece by piece, each from the one before"}
+REFUSED = {
+    "sample_ar_video": "makes a video piece by piece, each from the one before",
+    "sample_lcm_upscale": "makes the latent larger as it goes",
+}
 
 
 class Wave(Coroutine):

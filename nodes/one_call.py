@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import comfy.conds
 import comfy.samplers
 import torch
 
@@ -23,23 +24,34 @@ OWN_CALL = ("control", "hooks", "area", "mask", "gligen", "default")
 # Model options that are ComfyUI's own bookkeeping.
 ATTACHED = ("wrappers", "callbacks")
 HARMLESS = ("transformer_options", "to_load_options", "sample_sigmas", *ATTACHED)
+GUIDANCE = ("__call__", "outer_predict_noise", "predict_noise")
+OF_ROWS = (comfy.conds.CONDRegular, comfy.conds.CONDNoiseShape, comfy.conds.CONDCrossAttn)
 
 
 def can_be_one(guider: Any, questions: Sequence[Question]) -> bool:
     """Whether a guided evaluation treats its rows one by one: stock guidance of one latent without a mask, prompts
     only, and no function or wrapper of anybody else's around it."""
-    options = questions[0].args.get("model_options", {})
+    x, sigma, options = questions[0].x, questions[0].sigma, questions[0].args.get("model_options", {})
     conds = [cond for several in guider.conds.values() for cond in several or ()]
     return (
-        type(guider).predict_noise is comfy.samplers.CFGGuider.predict_noise
+        all(one.x.shape == x.shape and one.sigma.shape == sigma.shape == x.shape[:1] for one in questions)
         and all(one.args.get("model_options", {}) is options for one in questions)
         and all(one.args.get("denoise_mask") is None for one in questions)
+        and _is_stock(guider)
         and _is_plain(options)
         and _is_plain(guider.model_options)
         and not any(key in cond for cond in conds for key in OWN_CALL)
-        and not any("latent_shapes" in cond.get("model_conds", {}) for cond in conds)
+        and all(_is_tiled(name, value, len(x)) for cond in conds for name, value in cond.get("model_conds", {}).items())
         and not of_one_sigma(guider.inner_model.diffusion_model, {})
     )
+
+
+def _is_stock(guider: Any) -> bool:
+    """Whether nobody has replaced the functions that the guidance consists of."""
+    stock = comfy.samplers.CFGGuider
+    methods = [getattr(getattr(guider, name, None), "__func__", None) is getattr(stock, name) for name in GUIDANCE]
+    functions = comfy.samplers.sampling_function, comfy.samplers.calc_cond_batch
+    return all(methods) and all(function.__module__ == comfy.samplers.__name__ for function in functions)
 
 
 def _is_plain(model_options: dict[str, Any]) -> bool:
@@ -51,6 +63,15 @@ def _is_plain(model_options: dict[str, Any]) -> bool:
     )
 
 
+def _is_tiled(name: str, value: Any, rows: int) -> bool:
+    """Whether ComfyUI, which repeats a conditioning's rows to fill a batch, gives each evaluation of so many rows the
+    same ones."""
+    if type(value) is comfy.conds.CONDConstant:
+        return name != "latent_shapes"
+    tensors = value.cond if type(value) is comfy.conds.CONDList else [value.cond] if type(value) in OF_ROWS else [None]
+    return all(isinstance(one, torch.Tensor) and one.ndim > 0 and rows % max(1, len(one)) == 0 for one in tensors)
+
+
 def as_one(questions: Sequence[Question]) -> Question:
     """The question for all of these at once."""
     return Question(
@@ -59,7 +80,7 @@ def as_one(questions: Sequence[Question]) -> Question:
 
 
 @dataclass(frozen=True)
-class Share:
+class LaneOfWave:
     """One of the evaluations in a ``wave``, whose results are ``outputs``, evaluation by evaluation."""
 
     wave: Coroutine
@@ -73,11 +94,11 @@ class Share:
         self.wave.drop()
 
 
-def shares(wave: Any, count: int) -> list[Share]:
+def lanes_of(wave: Any, count: int) -> list[LaneOfWave]:
     """The evaluations in a wave that evaluates the question for ``count`` of them."""
 
     @cache
     def outputs() -> list[Outputs]:
         return list(zip(*(tensor.chunk(count) for tensor in wave.finish()), strict=True))
 
-    return [Share(wave, outputs, number) for number in range(count)]
+    return [LaneOfWave(wave, outputs, number) for number in range(count)]

@@ -68,9 +68,9 @@ def _is_known(path: str) -> bool:
 
     Either may be, or be behind, a symbolic link: as it is named or as it is resolved, one has to lie in the other.
     """
-    types = folder_paths.folder_names_and_paths.values()
-    folders = {folder_paths.models_dir, *(folder for paths, *_ in types for folder in paths)}
-    names = [place for folder in folders for place in _named_and_resolved(folder)]
+    listed = [entry[0] for entry in folder_paths.folder_names_and_paths.values() if entry]
+    folders = {folder for paths in listed if not isinstance(paths, str) for folder in paths if folder}
+    names = [place for folder in {folder_paths.models_dir, *folders} for place in _named_and_resolved(folder)]
     return any(_lies_in(file, folder) for file in _named_and_resolved(path) for folder in names)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 
 from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError
 from .ahead import AheadSampler, Wave, check_sampler, sampler_name
-from .one_call import as_one, can_be_one, shares
+from .one_call import as_one, can_be_one, lanes_of
 from .recipe import comfy_host, patches_of, recipe_of
 from .scout import Outputs, Question
 from .standin import StandInPatcher, remote_twin
@@ -56,7 +57,9 @@ class RoundsSampler(AheadSampler):
         denoiser.begin_run()
         self._notes.clear()
         try:
-            result = super()._sample(model, x, sigmas, {**args, "model_options": through}, callback, disable, **options)
+            with _takes_no_memory(base):
+                args = {**args, "model_options": through}
+                result = super()._sample(model, x, sigmas, args, callback, disable, **options)
             assert self.last_run
             self._tell("ParaStep: " + "; ".join([self.last_run.summary(), *self._notes]))
             return result
@@ -78,7 +81,7 @@ class RoundsSampler(AheadSampler):
             for wave in group:
                 wave.drop()
             raise
-        return shares(group[0], lanes) if together else group
+        return lanes_of(group[0], lanes) if together else group
 
     def schedule(self, steps: int, short: Any) -> Any:
         denoiser, plan = self._denoiser, self.plan
@@ -156,6 +159,19 @@ def _close_with(patcher: comfy.model_patcher.ModelPatcher, denoiser: LanesDenois
 
     patcher.remove_callbacks_with_key(kind, "leapfrog")
     patcher.add_callback_with_key(kind, "leapfrog", on_detach)
+
+
+@contextmanager
+def _takes_no_memory(base: Any) -> Iterator[None]:
+    """ComfyUI makes several calls of what does not fit the host's device, which is not where it is computed."""
+    own = base.__dict__.get("memory_required")
+    base.memory_required = lambda *args, **kwargs: 0.0
+    try:
+        yield
+    finally:
+        del base.memory_required
+        if own:
+            base.memory_required = own
 
 
 def _through(options: dict[str, Any], twin: Any, guider: Any) -> dict[str, Any]:

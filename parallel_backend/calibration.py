@@ -1,8 +1,8 @@
 """How much a model's picture changes for the drift that is accepted: measured once by short runs, and remembered.
 
 A guard bounds what goes into an evaluation: how far its latent may be from the true one. What comes out in the end, the
-relative difference of the finished latent, is taken to grow in proportion, by a factor that depends on the model and the
-sampler. That factor is the sensitivity. With it a fidelity means about the same difference for every model.
+relative difference of the finished latent, is taken to grow in proportion, by a factor that depends on the model and
+the sampler. That factor is the sensitivity. With it a fidelity means about the same difference for every model.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import folder_paths
 import pytest
 import torch
 from comfy.k_diffusion import sampling
+from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
 from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 
@@ -83,6 +84,7 @@ def test_devices_of_the_sampler_that_cannot_be():
     ("sampler", "said"),
     [
         (lambda: comfy.samplers.KSAMPLER(sampling.sample_ar_video), "sample_ar_video cannot run in parallel"),
+        (lambda: SamplerLCMUpscale.execute(1.5, 4, "bislerp").args[0], "sample_lcm_upscale cannot run in parallel"),
         (lambda: comfy.samplers.Sampler(), "Sampler cannot run in parallel"),
         (lambda: parastep(2), "runs in parallel already"),
     ],
