@@ -197,4 +197,11 @@ class Arena:
             self._memory.close()
         finally:
             if self._owner:
-                self._memory.unlink()
+                self._remove()
+
+    def _remove(self) -> None:
+        try:
+            self._memory.unlink()
+        except FileNotFoundError:
+            # Python removes a segment that a process could not map, which happens to a rank without memory
+            resource_tracker.unregister(f"/{self.name}", "shared_memory")

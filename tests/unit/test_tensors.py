@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -210,3 +211,12 @@ def test_what_cannot_travel_is_named_with_its_place():
         flatten({"a": torch.complex128}, "options")
     with pytest.raises(TypeError, match="complex128"):
         place([torch.zeros(1, dtype=torch.complex128)])
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs shared memory that is a file")
+def test_a_segment_that_is_gone_is_closed_like_any_other():
+    """Python removes it when a rank has no memory to map it, and the error of that rank is the one to be told."""
+    arena = Arena.create(64)
+    Path("/dev/shm", arena.name).unlink()
+    arena.close()
+    assert not Path("/dev/shm", arena.name).exists()
