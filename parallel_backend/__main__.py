@@ -2,8 +2,7 @@
 
 Nothing heavy is imported until the guard thread watches the death pipe, so a rank cannot outlive its host.
 
-With ``--doctor`` in front of its other arguments this is the doctor's command line instead, with ``--join`` that of
-the joiner.
+A rank has no arguments. With ``--doctor`` this is the doctor's command line instead, with any others the joiner's.
 """
 
 import importlib.util
@@ -76,10 +75,12 @@ def _join(arguments: list[str]) -> int:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--join"]:
-        sys.exit(_join(sys.argv[1:]))
-    if sys.argv[1:2] == ["--doctor"]:
-        sys.exit(_doctor(sys.argv[2:]))
+    arguments = sys.argv[1:]
+    if "--doctor" in arguments:
+        arguments.remove("--doctor")
+        sys.exit(_doctor(arguments))
+    if arguments:
+        sys.exit(_join(arguments))
     orders = _read_orders()
     threading.Thread(target=_end_with_host, name="death-pipe", daemon=True).start()
     sys.path[0] = json.loads(orders)["comfy_root"]

@@ -47,21 +47,25 @@ class Channel(Generic[Received]):
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode: Callable[[memoryview], Received] = msgspec.msgpack.Decoder(receives).decode
 
-    def send(self, message: msgspec.Struct) -> None:
-        """Raises OSError if the other end is gone or does not take it, ValueError if the message is over the bound."""
+    def send(self, message: msgspec.Struct, timeout_s: float | None = None) -> None:
+        """``timeout_s`` counts where it is less than the channel's own.
+
+        Raises OSError if the other end is gone or does not take it, ValueError if the message is over the bound.
+        """
         body = self._encode(message)
         if len(body) > MAX_MESSAGE:
             raise ValueError(f"a message of {len(body)} bytes is over the bound of {MAX_MESSAGE}")
-        self.push(_LENGTH.pack(len(body)) + body)
+        self.push(_LENGTH.pack(len(body)) + body, timeout_s)
 
-    def push(self, data: bytes | memoryview) -> None:
-        """Send bytes as they are; errors as in :meth:`send`."""
-        self.connection.settimeout(self._send_timeout_s)
+    def push(self, data: bytes | memoryview, timeout_s: float | None = None) -> None:
+        """Send bytes as they are; as :meth:`send` otherwise."""
+        limits = [seconds for seconds in (self._send_timeout_s, timeout_s) if seconds is not None]
+        self.connection.settimeout(max(0.0, min(limits)) if limits else None)
         try:
             self.connection.sendall(data)
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             self.close()  # part of it went, so nothing else can
-            raise
+            raise TimeoutError("the other end does not take what it is sent") from None
 
     def receive(self, timeout_s: float | None) -> Received:
         """The next message. None waits for ever, which only a rank does, whose death pipe watches its host.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import queue
 import socket
 import threading
@@ -20,6 +21,7 @@ import msgspec
 from .channel import SEND_TIMEOUT_S, Channel, Received
 from .machines import fingerprint
 from .protocol import Done, FromHost, FromRank, Payload, Stop
+from .settings import step_timeout_s
 from .tensors import Arena
 
 log = logging.getLogger("leapfrog")
@@ -53,15 +55,26 @@ class Courier(Generic[Received]):
         self._thread = threading.Thread(target=self._read, name="leapfrog-courier", daemon=True)
         self._thread.start()
 
-    def send(self, message: msgspec.Struct) -> None:
-        """As :meth:`Channel.send`; each part of the tensors has the deadline anew."""
-        self._out.send(message)
-        if payload := payload_of(message):
+    def send(self, message: msgspec.Struct, timeout_s: float = math.inf) -> None:
+        """As :meth:`Channel.send`; each part of the tensors has the channel's deadline anew, all have ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        try:
+            self._out.send(message, timeout_s)
+            if payload := payload_of(message):
+                self._send_tensors(payload, deadline)
+        except OSError:
+            self.hang_up()
+            raise
+
+    def _send_tensors(self, payload: Payload, deadline: float) -> None:
+        try:
             for head in payload.heads:
                 with self.arenas[payload.arena].raw(head) as raw:
                     for at in range(0, len(raw), PART):
                         with raw[at : at + PART] as part:
-                            self._out.push(part)
+                            self._out.push(part, deadline - time.monotonic())
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConnectionAbortedError("the arenas were closed meanwhile") from error
 
     def receive(self, timeout_s: float | None) -> Received:
         """As :meth:`Channel.receive`; the message's tensors lie in their arena."""
@@ -118,6 +131,7 @@ class Courier(Generic[Received]):
                 continue
 
     def _fill(self, raw: memoryview) -> None:
+        self._in.connection.settimeout(READ_S)  # a message has left what was left of its own
         at = 0
         while at < len(raw):
             with raw[at:] as rest:
@@ -149,7 +163,8 @@ class HostCourier(Courier[FromRank]):
         self._clocks: float | None = None
         super().__init__(sock, FromRank, arenas)
 
-    def send(self, message: msgspec.Struct) -> None:
+    def send(self, message: msgspec.Struct, timeout_s: float = math.inf) -> None:
+        """No longer than a rank may take for an answer."""
         payload, recipe = payload_of(message), getattr(message, "recipe", None)
         if payload and hasattr(message, "out"):
             out: Any = message
@@ -160,7 +175,7 @@ class HostCourier(Courier[FromRank]):
             except OSError:
                 mark = "cannot be read"  # as the rank will say, of its own
             message = msgspec.structs.replace(message, recipe=msgspec.structs.replace(recipe, fingerprint=mark))
-        super().send(message)
+        super().send(message, min(timeout_s, step_timeout_s()))
 
     def _arrived(self, message: Any) -> None:
         self._room = self._rooms.pop(message.call, NOWHERE)

@@ -25,6 +25,7 @@ BEAT_S = 2.0
 SILENCE_S = 8.0
 LISTEN_S = 0.2
 ADMIT_S = 0.02
+NEWS_S = LISTEN_S + 0.3
 LOST = -1
 
 
@@ -35,7 +36,7 @@ class RemoteProcess(RankLog):
     """
 
     pid = None
-    news_s = BEAT_S + 1.0
+    news_s = NEWS_S
 
     def __init__(self, sock: socket.socket):
         super().__init__(-1)
@@ -128,15 +129,17 @@ def invite(
     log.info("Leapfrog: %s may join at %s:%d", ",".join(wanted.values()), machines.listen, machines.port)
     guests: dict[int, RemoteProcess] = {}
     waiting: list[RemoteProcess] = []
+    offered: set[str] = set()
     try:
         with _gate(machines) as gate:
             while missing := [rank for rank in wanted if rank not in guests]:
-                check(missing, _who_is_missing([wanted[rank] for rank in missing], gate.refused))
+                check(missing, _who_is_missing([wanted[rank] for rank in missing], offered, gate.refused))
                 if caller := gate.admit(ADMIT_S):
                     with contextlib.suppress(OSError):  # gone again
                         waiting.append(RemoteProcess(caller[1]))
                 for guest in [guest for guest in waiting if guest.offer or guest.exit_code is not None]:
                     waiting.remove(guest)
+                    offered.update([_device_of(guest.offer)] if guest.offer else [])
                     rank = _place_of(guest, [rank for rank in missing if rank not in guests], wanted)
                     if rank is None:
                         guest.end(0)
@@ -165,8 +168,12 @@ def _place_of(guest: RemoteProcess, missing: Sequence[int], wanted: Mapping[int,
     """The rank that a joiner's device is for; None if it has ended or nobody wants it."""
     if guest.offer is None or guest.exit_code is not None:
         return None
-    device = f"{guest.offer.machine}/{guest.offer.device}"
+    device = _device_of(guest.offer)
     return next((rank for rank in missing if wanted[rank] == device), None)
+
+
+def _device_of(offer: Offer) -> str:
+    return f"{offer.machine}/{offer.device}"
 
 
 def _same_versions(guest: RemoteProcess, ours: Mapping[str, str]) -> None:
@@ -178,10 +185,12 @@ def _same_versions(guest: RemoteProcess, ours: Mapping[str, str]) -> None:
             raise LeapfrogError.of("no_machine", message)
 
 
-def _who_is_missing(devices: Sequence[str], refused: set[str]) -> str:
+def _who_is_missing(devices: Sequence[str], offered: set[str], refused: set[str]) -> str:
     machine, kind = machine_of(devices[0]), kind_of(devices[0])
+    has = sorted(kind_of(device) for device in offered - {devices[0]} if machine_of(device) == machine)
+    instead = f" It offered {', '.join(has)}." if has else ""
     others = f" {', '.join(sorted(refused))} called with another secret." if refused else ""
     return (
-        f"machine {machine} has not come with {kind}.{others} Start there: python custom_nodes/leapfrog/"
+        f"machine {machine} has not come with {kind}.{instead}{others} Start there: python custom_nodes/leapfrog/"
         f"parallel_backend --join FILE --machine {machine} --device {kind}"
     )

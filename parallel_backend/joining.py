@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import socket
+import subprocess
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from .errors import LeapfrogError
 from .guests import BEAT_S, LISTEN_S, SILENCE_S
 from .launcher import RankProcess
 from .machines import Machines, versions
-from .plan import CPU, this_machine
+from .plan import CPU, device_here, this_machine
 from .protocol import Beat, Gone, LaunchSpec, Offer, Orders, Said, ToJoiner
 
 log = logging.getLogger("leapfrog")
@@ -57,9 +58,12 @@ def main(arguments: Sequence[str]) -> int:
         log.error("ComfyUI was not found; name its folder with --comfyui")
         return USAGE
     # torchrun starts a process for each device and numbers them
-    here, local = this_machine(), int(os.environ.get("LOCAL_RANK", "0"))
-    device = asked.device or (f"cuda:{local}" if here.cuda else CPU)
-    device = f"cuda:{device}" if device.isdecimal() else device
+    here, local = this_machine(), os.environ.get("LOCAL_RANK", "0")
+    try:
+        device = device_here(asked.device or (local if here.cuda else CPU), here, "--device")
+    except LeapfrogError as error:
+        log.error("%s", error.report.message)  # its hint is about the nodes
+        return USAGE
     threads = max(1, here.cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))) if device == CPU else 0
     joiner = Joiner(machines, Offer(asked.machine, device, versions(str(comfyui))), str(comfyui), flags, threads)
     with contextlib.suppress(KeyboardInterrupt):
@@ -155,11 +159,13 @@ class Joiner:
                     except OSError as error:
                         line.send(Gone(1, f"could not be started: {error}"))
         if child:
-            child.end(GRACE_S)
-            log.info("Leapfrog: the rank %s", child.how_it_ended)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # not even by SIGKILL, as where a driver hangs
+                child.end(GRACE_S)
+            how = child.how_it_ended or "does not end"
+            log.info("Leapfrog: the rank %s", how)
             with contextlib.suppress(OSError):
                 _pass_on(child, line)
-                line.send(Gone(child.exit_code or 0, child.how_it_ended))
+                line.send(Gone(child.exit_code or 0, how))
         line.close()
         return child is not None
 

@@ -99,15 +99,23 @@ def _auto_devices(wanted: int, machine: Machine) -> tuple[str, ...]:
 def _device(name: str, text: str, machine: Machine) -> str:
     if elsewhere := machine_of(name):
         return _elsewhere(elsewhere, kind_of(name), text)
+    return device_here(name, machine, f"devices '{text}'")
+
+
+def device_here(name: str, machine: Machine, where: str) -> str:
+    """This machine's device that a user wrote: "cuda:1" for "1" or "CUDA:1", "cpu" for "CPU".
+
+    Raises LeapfrogError bad_devices, which says ``where`` it was written.
+    """
     if name.lower() == CPU:
         return CPU
     match = re.fullmatch(r"(?:cuda:)?(\d{1,3})", name.lower())
     if not match:
-        raise LeapfrogError.of("bad_devices", f"devices '{text}': '{name}' is not a device.")
+        raise LeapfrogError.of("bad_devices", f"{where}: '{name}' is not a device.")
     index = int(match[1])
     if index >= machine.cuda:
         have = f"GPUs 0 to {machine.cuda - 1}" if machine.cuda else "no CUDA GPU, only 'cpu'"
-        raise LeapfrogError.of("bad_devices", f"devices '{text}': there is no GPU {index}; this machine has {have}.")
+        raise LeapfrogError.of("bad_devices", f"{where}: there is no GPU {index}; this machine has {have}.")
     return f"cuda:{index}"
 
 

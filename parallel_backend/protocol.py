@@ -52,12 +52,13 @@ class Payload(msgspec.Struct):
     heads: list[TensorHead]
 
 
-class Recipe(msgspec.Struct, frozen=True):
+class Recipe(msgspec.Struct, frozen=True, eq=False):
     """How to rebuild a denoiser: ComfyUI's loader ("diffusion_model" or "checkpoint"), the file, the loader's options.
 
     ``options`` is a tree spec without tensors. ``stamp`` is the file's (size in bytes, modification time in ns), so
     that a file that changed on disk is another recipe. ``fingerprint`` is for ranks on other machines, which look for
-    the same file among their own.
+    the same file among their own by both its ``path``, which has no symbolic links, and the one it was ``named`` by.
+    Recipes of one file are equal however it was named.
     """
 
     loader: Loader
@@ -65,6 +66,17 @@ class Recipe(msgspec.Struct, frozen=True):
     options: str
     stamp: tuple[int, int]
     fingerprint: str = ""
+    named: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self._identity == other._identity
+
+    def __hash__(self) -> int:
+        return hash(self._identity)
+
+    @property
+    def _identity(self) -> tuple[object, ...]:
+        return self.loader, self.path, self.options, self.stamp, self.fingerprint
 
     @classmethod
     def of(cls, loader: Loader, path: str, options: dict[str, Any]) -> Recipe:
@@ -79,7 +91,8 @@ class Recipe(msgspec.Struct, frozen=True):
         if tensors:
             raise LeapfrogError.of("no_recipe", "The MODEL's loader got tensors among its options.")
         status = file.stat()
-        return cls(loader, str(file.resolve()), json.dumps(spec), (status.st_size, status.st_mtime_ns))
+        stamp = (status.st_size, status.st_mtime_ns)
+        return cls(loader, str(file.resolve()), json.dumps(spec), stamp, named=str(file.absolute()))
 
 
 class HostMessage(msgspec.Struct, tag_field="type", tag=str.lower):

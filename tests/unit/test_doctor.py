@@ -143,8 +143,9 @@ def test_why_the_ranks_talk_what_they_talk(monkeypatch: pytest.MonkeyPatch):
         assert "this torch has NCCL" in backend_of(("cuda:0", "cuda:1"))[1]
 
 
-def test_a_python_without_torch_says_which_one_to_take(tmp_path: Path):
-    command = [sys.executable, "-I", "-S", ROOT / "parallel_backend", "--doctor"]
+@pytest.mark.parametrize("arguments", [["--doctor"], ["--devices", "cpu,cpu", "--doctor"]], ids=len)
+def test_a_python_without_torch_says_which_one_to_take(tmp_path: Path, arguments: list[str]):
+    command = [sys.executable, "-I", "-S", ROOT / "parallel_backend", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 1
     assert "the Python that runs ComfyUI" in done.stdout

@@ -6,7 +6,10 @@ import json
 import logging
 import os
 import socket
+import subprocess
+import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,23 @@ import pytest
 import torch
 
 from bootstrap import COMFYUI_VERSION
-from leapfrog.parallel_backend import LeapfrogError, Recipe, channel
-from leapfrog.parallel_backend.courier import HostCourier, RankCourier
+from leapfrog.parallel_backend import LeapfrogError, Recipe, channel, guests, joining
+from leapfrog.parallel_backend.courier import READ_S, HostCourier, RankCourier
 from leapfrog.parallel_backend.launcher import interface_of, rank_environment
 from leapfrog.parallel_backend.machines import Machines, fingerprint, versions
 from leapfrog.parallel_backend.plan import Machine, choose_devices, kind_of, machine_of
-from leapfrog.parallel_backend.protocol import Done, Evaluate, Load, Payload
+from leapfrog.parallel_backend.protocol import (
+    Beat,
+    Done,
+    Evaluate,
+    FromJoiner,
+    Gone,
+    LaunchSpec,
+    Load,
+    Offer,
+    Orders,
+    Payload,
+)
 from leapfrog.parallel_backend.starting import backend_of
 from leapfrog.parallel_backend.tensors import Arena, TensorHead, flatten, place
 from leapfrog.parallel_backend.worker.models.files import among_ours
@@ -148,6 +162,76 @@ def test_versions_are_those_of_this_machine():
     assert versions("nowhere")["ComfyUI"] == "unknown"
 
 
+def joined(file: Path, *arguments: str) -> int:
+    return joining.main(["--join", str(file), "--machine", "b", "--comfyui", str(comfyui_dir()), *arguments])
+
+
+@pytest.mark.parametrize(
+    ("written", "offered"),
+    [(["--device", "CPU"], "cpu"), (["--device", "CUDA:1"], "cuda:1"), (["--device", "1"], "cuda:1"), ([], "cuda:0")],
+)
+def test_a_joiner_offers_a_device_by_its_usual_name(
+    file: Path, monkeypatch: pytest.MonkeyPatch, written: list[str], offered: str
+):
+    offers: list[str] = []
+    monkeypatch.setattr(joining, "this_machine", lambda: Machine(cuda=2, cores=2))
+    monkeypatch.setattr(joining.Joiner, "run", lambda joiner: offers.append(joiner._offer.device))
+    assert joined(file, *written) == 0
+    assert offers == [offered]
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu0", "b/0", "auto", "0,1", "cuda:-1", "2"])
+def test_a_joiner_offers_no_device_that_is_not_there(
+    file: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, device: str
+):
+    monkeypatch.setattr(joining, "this_machine", lambda: Machine(cuda=2, cores=2))
+    assert joined(file, "--device", device) == joining.USAGE
+    assert f"--device: '{device}' is not a device" in caplog.text or "there is no GPU 2" in caplog.text
+
+
+def test_the_joiner_is_found_wherever_its_flag_stands(tmp_path: Path):
+    command = [sys.executable, ROOT / "parallel_backend", "--machine", "b", f"--join={tmp_path}/none.json"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.wait(120) == joining.USAGE
+            assert process.stderr and "none.json" in process.stderr.read()
+        finally:
+            process.kill()
+
+
+def test_who_is_missing_and_what_came_instead():
+    said = guests._who_is_missing(["b/cuda:0"], {"b/cpu", "b/cuda:1", "c/cuda:2", "b/cuda:0"}, {"10.0.0.9"})
+    assert said.startswith("machine b has not come with cuda:0. It offered cpu, cuda:1. 10.0.0.9 called")
+    assert guests._who_is_missing(["b/cpu"], {"c/cpu"}, set()).startswith("machine b has not come with cpu. Start")
+
+
+class Unkillable:
+    """A rank that a driver holds: not even SIGKILL ends it."""
+
+    exit_code, how_it_ended, stopped = None, "", False
+
+    def __init__(self, _spec: LaunchSpec):
+        self.lines = deque()
+
+    def end(self, grace_s: float) -> None:
+        raise subprocess.TimeoutExpired("rank", grace_s)
+
+
+def test_a_joiner_outlives_a_rank_that_does_not_end(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(joining, "Child", Unkillable)
+    spec = LaunchSpec(1, 2, "b/cpu", "gloo", 1, 1, "00" * 32, "nowhere", [], 1.0)
+    with channel.listen() as listener:
+        line = channel.Channel(socket.create_connection(listener.getsockname()), joining.ToJoiner, 5)
+        host = channel.Channel(listener.accept()[0], FromJoiner, 5)
+    host.send(Orders(spec))
+    host.connection.shutdown(socket.SHUT_WR)
+    assert joining.Joiner(Machines.configured(), Offer("b", "cpu", {}), "nowhere", [], 1)._serve(line)
+    said = [host.receive(5) for _ in range(3)]
+    assert [type(message) for message in said] == [Offer, Beat, Gone]
+    assert said[-1] == Gone(0, "does not end")
+    host.close()
+
+
 Ends = tuple[HostCourier, RankCourier, Arena, list[str]]
 
 
@@ -263,6 +347,48 @@ def test_a_rank_keeps_the_arenas_that_the_host_may_still_speak_of(couriers: Ends
     assert list(rank.arenas) == [f"arena_{number}" for number in range(24, 40)]
 
 
+def test_a_machine_that_takes_nothing_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LEAPFROG_STEP_TIMEOUT", "0.3")
+    with channel.listen() as listener:
+        left = socket.create_connection(listener.getsockname())
+        right = listener.accept()[0]
+    arena = Arena.create(1 << 20)
+    host = HostCourier(left, {arena.name: arena})
+    payload, _ = written(arena, torch.ones(arena.size - 4096, dtype=torch.uint8))
+    more_than_sockets_hold = Payload(payload.arena, payload.spec, payload.heads * 64)
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        host.send(Load(1, patches=more_than_sockets_hold))
+    assert time.monotonic() - began < 10
+    with pytest.raises((EOFError, OSError)):
+        host.receive(5)
+    host.close()
+    right.close()
+    arena.close()
+
+
+@pytest.mark.parametrize("how", ["forgotten", "closed"])
+def test_arenas_that_another_thread_has_closed(couriers: Ends, how: str):
+    host, _, arena, noticed = couriers
+    payload, _ = written(arena, torch.ones(4))
+    lost = Arena.create(64)
+    lost.close()
+    host.arenas = {} if how == "forgotten" else {arena.name: lost}
+    with pytest.raises(OSError, match="closed meanwhile"):
+        host.send(Load(1, patches=payload))
+    assert within(5, lambda: noticed == ["rank"])
+
+
+def test_tensors_are_waited_for_with_a_timeout_of_their_own(couriers: Ends):
+    host, rank, arena, _ = couriers
+    payload, _ = written(arena, torch.ones(1000))
+    with arena.raw(payload.heads[0]) as raw:
+        host._out.send(Load(1, patches=payload))
+        assert within(5, lambda: rank._in.connection.gettimeout() == READ_S)
+        host._out.push(raw)
+    assert rank.receive(5) == Load(1, patches=payload)
+
+
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file of the host in a folder that this machine does not have; ComfyUI's folders here are empty."""
@@ -305,6 +431,28 @@ def test_another_file_of_the_same_name_and_size_is_not_taken(model: Path, at: in
         among_ours(recipe)
     assert caught.value.report.code == "missing_file"
     assert str(ours) in str(caught.value)
+
+
+@pytest.mark.parametrize("same", ["name", "target"])
+def test_a_model_file_behind_a_link(model: Path, same: str, tmp_path: Path):
+    """As the cache of Hugging Face has them: the file's own name is a digest."""
+    named = model.with_name("named.safetensors")
+    named.symlink_to(model)
+    recipe, ours = recipe_of(named), tmp_path / "ours/checkpoints" / (named if same == "name" else model).name
+    assert recipe == recipe_of(model)
+    assert hash(recipe) == hash(recipe_of(model))
+    named.unlink()
+    model.rename(ours)
+    assert among_ours(recipe).path == str(ours)
+
+
+def test_a_model_file_that_was_replaced_here_alone(model: Path, tmp_path: Path):
+    recipe, ours = recipe_of(model), tmp_path / "ours/checkpoints/dev.safetensors"
+    model.rename(ours)
+    assert among_ours(recipe).path == str(ours)
+    ours.write_bytes(bytes(ours.stat().st_size))
+    with pytest.raises(LeapfrogError, match="another content"):
+        among_ours(recipe)
 
 
 def test_a_model_file_that_is_not_there(model: Path, tmp_path: Path):
