@@ -25,6 +25,8 @@ from .settings import start_timeout_s, step_timeout_s
 
 log = logging.getLogger("leapfrog")
 STILL_S = 10.0
+HALTED_S = 10.0
+"""How long a rank that starts may be halted."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ class _Start:
         self._began = time.monotonic()
         self._timeout_s = start_timeout_s()
         self._told = 0
+        self._ran_at = 0.0
 
     @property
     def seconds(self) -> float:
@@ -112,6 +115,12 @@ class _Start:
             raise pool.broken(ErrorReport("rank_start", f"A rank {process.how_it_ended} at its start.", process.rank))
         if not pool.alive:
             raise pool.broken(ErrorReport("rank_start", "The ranks were ended while they started."))
+        halted = next((process for process in pool.processes if process.stopped), None)
+        if halted is None:
+            self._ran_at = self.seconds
+        elif self.seconds - self._ran_at > HALTED_S:
+            message = f"The process of a rank is halted (SIGSTOP, a debugger), for {HALTED_S:g} s by now."
+            raise pool.broken(ErrorReport("rank_start", message, halted.rank))
         if self.seconds > self._timeout_s:
             if nobody:
                 raise pool.broken(ErrorReport("no_machine", f"After {self._timeout_s:g} s {nobody}"))

@@ -20,7 +20,6 @@ from comfy_server import ComfyServer
 
 STEP_TIMEOUT_S = 8.0
 """LEAPFROG_STEP_TIMEOUT of the server: how long a rank may be silent."""
-START_TIMEOUT_S = 60.0
 LARGE = EXACT.sized(256, 256)
 """Needs memory that the ranks do not hold yet."""
 NAMES_A_RANK = r"\(rank [01]\b"
@@ -73,8 +72,7 @@ class Breakable:
         self._held: list[socket.socket] = []
 
     def _started(self) -> ComfyServer:
-        limits = {"LEAPFROG_STEP_TIMEOUT": str(STEP_TIMEOUT_S), "LEAPFROG_START_TIMEOUT": str(START_TIMEOUT_S)}
-        return campaign_server(self.base, **limits).start()
+        return campaign_server(self.base, LEAPFROG_STEP_TIMEOUT=str(STEP_TIMEOUT_S)).start()
 
     def start_again(self) -> None:
         """Another server in place of one that has been stopped."""

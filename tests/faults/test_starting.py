@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ import psutil
 import pytest
 
 from generation import Request, distance, generate
-from leapfrog.parallel_backend import ComfyHost, LeapfrogError, supervisor
+from leapfrog.parallel_backend import ComfyHost, LeapfrogError, starting, supervisor
 from ranks import EXACT, load, reference, split, the_pool
 
 TWO = ("cpu", "cpu")
@@ -50,6 +52,14 @@ def test_cancelled_while_they_start():
 def test_comfyui_ends_while_they_start():
     after(1.0, supervisor.close_all)
     with pytest.raises(LeapfrogError, match="ended while they started"):
+        prompt()
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux says that a process is halted")
+def test_halted_while_they_start(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(starting, "HALTED_S", 0.5)
+    after(1.0, lambda: os.kill(next(iter(supervisor._pools.values())).pids[1], signal.SIGSTOP))
+    with pytest.raises(LeapfrogError, match=r"The process of a rank is halted .*\(rank 1\)"):
         prompt()
 
 
