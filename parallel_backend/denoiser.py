@@ -571,6 +571,7 @@ class LanesDenoiser(RemoteDenoiser):
     def _send(
         self, pool: Pool, rows: Rows, shares: dict[int, tuple[int, int]], members: list[LaneEvaluation], tick: Tick
     ) -> None:
+        sent_at = time.perf_counter()
         room = _room_for_output(members[0].x) * len(members)
         payload, out = pool.payload(rows.inputs, tick, reserve=room * len(shares), where="denoiser input")
         chunks = rows.chunks
@@ -579,7 +580,6 @@ class LanesDenoiser(RemoteDenoiser):
             own = chunks[begin * len(chunks) // rows.count : -(-end * len(chunks) // rows.count)]
             share = rows_of(payload, with_chunks(rows.inputs, own), rows, begin, end)
             messages[rank] = Evaluate(inputs=share, out=out + at * room, out_size=room, run=self._run)
-        sent_at = time.perf_counter()
         lanes = sum(member.lanes for member in members)
         call = self._submit(pool, messages, payload, f"round of {lanes}" if lanes > 1 else "single", tick)
         batch = _Batch(

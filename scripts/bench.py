@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +129,22 @@ def round_trip_ms() -> float:
     return 1e3 * statistics.median(times)
 
 
-def round_overheads_ms(folder: Path) -> list[float]:
-    """From a run's trace: the times between the last rank's end of one round and the first one's begin of the next."""
-    spans: dict[int, list[tuple[float, float]]] = {}
+def round_overheads_ms(folder: Path) -> tuple[list[float], list[float]]:
+    """From the traces of runs: by how much each round, from writing its inputs to having its result, was longer than
+    its slowest evaluation; and the times between the last rank's end of one and the first one's begin of the next."""
+    beyond, between = [], []
     for path in folder.glob("run-*.json"):
-        for event in json.loads(path.read_text())["traceEvents"]:
+        trace = json.loads(path.read_text())
+        spans: dict[int, list[tuple[float, float]]] = {}
+        for event in trace["traceEvents"]:
             if event["ph"] == "X":
-                span = event["ts"], event["ts"] + event["dur"]
-                spans.setdefault(event["args"]["call"], []).append(span)
-    calls = [spans[call] for call in sorted(spans)]
-    ends = [max(end for _, end in call) for call in calls]
-    begins = [min(begin for begin, _ in call) for call in calls]
-    return [(begin - end) / 1e3 for end, begin in zip(ends, begins[1:], strict=False)]
+                spans.setdefault(event["args"]["call"], []).append((event["ts"], event["ts"] + event["dur"]))
+        calls = [spans[call] for call in sorted(spans)]
+        for call, seconds in zip(calls, trace["otherData"]["call_s"], strict=True):
+            beyond.append(1e3 * seconds - max(end - begin for begin, end in call) / 1e3)
+        for before, after in pairwise(calls):
+            between.append((min(begin for begin, _ in after) - max(end for _, end in before)) / 1e3)
+    return beyond, between
 
 
 def batches(options: argparse.Namespace) -> None:
@@ -267,7 +272,7 @@ def run(options: argparse.Namespace) -> None:
         wanted = {name for name in rows if options.only in name}
         wanted |= {rows[name].beside for name in wanted}
         rows = {name: one for name, one in rows.items() if name in wanted}
-    overheads = []
+    beyond, between = [], []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.repeat):
             for name, one in rows.items():
@@ -278,7 +283,9 @@ def run(options: argparse.Namespace) -> None:
                 del os.environ[TRACE_DIR]
                 one.seconds.append(took)
                 if name == "ParaStep, 2 lanes, CFG 1":
-                    overheads += round_overheads_ms(Path(folder))
+                    found = round_overheads_ms(Path(folder))
+                    beyond += found[0]
+                    between += found[1]
                 for trace in Path(folder).iterdir():
                     trace.unlink()
     for name in (ALONE, ALONE_UNGUIDED):
@@ -293,9 +300,10 @@ def run(options: argparse.Namespace) -> None:
         apart = float((one.latent - beside.latent).norm() / beside.latent.norm())
         print(f"{name:30}{took:9.2f}{speed:7.2f}x{one.bound:7.2f}x{reached:>18}{apart:17.1e}")
         table.append({"name": name, "seconds": one.seconds, "speed": speed, "bound": one.bound, "difference": apart})
-    if overheads:
+    if between:
         print(
-            f"between two rounds of ParaStep: {statistics.median(overheads):.2f} ms median in which no rank evaluates"
+            f"a round of ParaStep takes {statistics.median(beyond):.2f} ms longer than its slowest evaluation, and "
+            f"{statistics.median(between):.2f} ms pass until ranks evaluate again (medians)"
         )
     for traced in SplitDenoiser._traces.values():
         print("unit times, ms: " + " ".join(f"{1e3 * unit.seconds:.0f}" for unit in traced[0].units))

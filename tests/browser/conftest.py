@@ -23,14 +23,14 @@ SETTINGS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # a page that nobody looks at still takes a quarter of a core
 def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     with ComfyServer(output=tmp_path_factory.mktemp("output")) as server:
         server.post("/settings", SETTINGS)
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Browser]:
     playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
     with playwright.sync_playwright() as started:
@@ -39,7 +39,7 @@ def browser(chromium: str) -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def opened_page(browser: Browser, comfy_server: ComfyServer) -> Iterator[ComfyPage]:
     tab = browser.new_page(viewport={"width": 1800, "height": 1000})
     tab.set_default_timeout(60_000)  # with two busy cores the page takes its time
