@@ -156,7 +156,12 @@ def batches(options: argparse.Namespace) -> None:
     from leapfrog.parallel_backend.supervisor import close_all
 
     sys.path.append(str(ROOT / "tests"))
+    import folder_paths
+
     import families
+    from seeded import FOLDER
+
+    folder_paths.add_model_folder_path("diffusion_models", str(FOLDER))
 
     def unet(size: int) -> Callable[[Any, int], Any]:
         whole = load(options.model)
@@ -179,6 +184,8 @@ def batches(options: argparse.Namespace) -> None:
     print("| model | lanes | rounds | seconds | speed | at best |")
     print("|---|---|---|---|---|---|", flush=True)
     for name, run in cases.items():
+        if options.only not in name:
+            continue
         alone = 0.0
         for lanes in (1, 2, 4, 8):
             sampler = RoundsSampler(LanesPlan(devices()[:1], lanes, options.warmup), euler, lambda text: None)
