@@ -39,6 +39,8 @@ def batched(calls: Sequence[Rows]) -> list[tuple[Rows, list[int]]]:
     Calls are put together where they differ in nothing but the values of tensors that have rows. Raises LeapfrogError
     unsupported_patch for inputs that cannot travel.
     """
+    if len(calls) == 1:
+        return [(calls[0], [0])]
     found: list[_Alike] = []
     for number, call in enumerate(calls):
         spec, tensors, heads, _ = laid_out(call.inputs, "denoiser input")

@@ -21,7 +21,7 @@ from pathlib import Path
 import msgspec
 
 from .channel import Channel, prove
-from .doctor.comfyui import find_comfyui
+from .doctor.comfyui import find_comfyui, own_and_flags
 from .errors import LeapfrogError
 from .guests import BEAT_S, LISTEN_S, SILENCE_S
 from .launcher import RankProcess
@@ -39,10 +39,7 @@ USAGE = 2
 
 def main(arguments: Sequence[str]) -> int:
     """Lend a device until the process is ended; 2 for a command or a file that means nothing."""
-    own, flags = list(arguments), []
-    if "--" in own:
-        at = own.index("--")
-        own, flags = own[:at], own[at + 1 :]
+    own, flags = own_and_flags(arguments)
     asked = _parser().parse_args(own)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     comfyui = find_comfyui(asked.comfyui)

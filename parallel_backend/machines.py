@@ -71,17 +71,18 @@ def versions(comfy_root: str) -> dict[str, str]:
     """Of what a rank computes with. They must be the same on all machines."""
     return {
         "PyTorch": version("torch").partition("+")[0],
-        "ComfyUI": _said(Path(comfy_root, "comfyui_version.py"), "__version__"),
-        "Leapfrog": _said(PACK / "pyproject.toml", "version"),
+        "ComfyUI": stated(Path(comfy_root, "comfyui_version.py"), "__version__") or "unknown",
+        "Leapfrog": stated(PACK / "pyproject.toml", "version") or "unknown",
     }
 
 
-def _said(path: Path, name: str) -> str:
+def stated(path: Path, name: str) -> str:
+    """The text that a file gives this name, on a line of its own; "" where it does not or cannot be read."""
     try:
         found = re.search(rf'^{name} = "([^"]{{1,100}})"', path.read_text(errors="replace"), re.MULTILINE)
     except OSError:
-        found = None
-    return found[1] if found else "unknown"
+        return ""
+    return found[1] if found else ""
 
 
 @lru_cache(maxsize=64)

@@ -13,13 +13,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
+from leapfrog.parallel_backend import supervisor
 from pack import BASE, ROOT, comfyui_dir
 
 PREFIX = "leapfrog-"
@@ -123,6 +124,20 @@ class OtherMachine:
         subprocess.run(["ip", "link", "del", self.here], capture_output=True)  # goes with its other end
 
 
+@contextlib.contextmanager
+def another_machine(folder: Path) -> Iterator[OtherMachine]:
+    """The other machine, known to this process; no pool before and after it."""
+    supervisor.close_all()
+    made = OtherMachine(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEAPFROG_MACHINES", str(made.file))
+        try:
+            yield made
+        finally:
+            supervisor.close_all()
+            made.close()
+
+
 FLAGS = ["--base-directory", BASE]
 
 
@@ -135,12 +150,3 @@ def _remove_leftovers() -> None:
             for inside in ip("netns", "pids", name).split():
                 os.kill(int(inside), signal.SIGKILL)
             ip("netns", "del", name)
-
-
-def within(seconds: float, true: Callable[[], Any]) -> bool:
-    deadline = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True

@@ -15,7 +15,7 @@ from typing import TextIO, cast
 from ..plan import CPU, kind_of
 from ..supervisor import ComfyHost
 from .choice import choices, count, settings
-from .comfyui import find_comfyui, nodes_in_comfyui
+from .comfyui import find_comfyui, nodes_in_comfyui, own_and_flags
 from .machine import PACK, devices, versions
 from .selftest import self_test
 from .sheet import Sheet
@@ -27,10 +27,7 @@ GRACE_S = 15.0
 
 def main(arguments: Sequence[str]) -> int:
     """Write the report to standard output; 0 if everything works, 1 if not, 2 for a command that means nothing."""
-    own, flags = list(arguments), []
-    if "--" in own:
-        at = own.index("--")
-        own, flags = own[:at], own[at + 1 :]
+    own, flags = own_and_flags(arguments)
     asked = _parser().parse_args(own)
     out = cast(TextIO, sys.stdout)
     if hasattr(out, "reconfigure"):

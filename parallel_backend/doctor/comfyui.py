@@ -21,6 +21,13 @@ END_S = 5.0
 USAGE = 2
 
 
+def own_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What stands before ``--`` on a command line, and the flags of ComfyUI behind it."""
+    own = list(arguments)
+    at = own.index("--") if "--" in own else len(own)
+    return own[:at], own[at + 1 :]
+
+
 def find_comfyui(given: str | None) -> Path | None:
     """ComfyUI's folder: the one given, else one around the pack or the current folder, else that of a checkout.
 

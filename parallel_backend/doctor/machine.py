@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.cuda import nccl
 
+from ..machines import stated
 from ..plan import this_machine
 from .sheet import Sheet
 
@@ -39,14 +40,13 @@ def ask(*command: str) -> str:
 
 def versions(sheet: Sheet, comfyui: Path | None, asked: str | None) -> None:
     """Rows of versions; problems for what is missing or too old. ``asked`` is where ComfyUI was said to be."""
-    project = _text(PACK / "pyproject.toml")
-    own = _found(r'^version = "([^"]+)"', project) or "unknown version"
+    own = stated(PACK / "pyproject.toml", "version") or "unknown version"
     commit = ask("git", "-C", str(PACK), "rev-parse", "--short", "HEAD") if (PACK / ".git").exists() else ""
     sheet.row("Leapfrog", f"{own}, commit {commit}" if commit else own)
     if comfyui:
-        there = _found(r'^__version__ = "([^"]+)"', _text(comfyui / "comfyui_version.py"))
+        there = stated(comfyui / "comfyui_version.py", "__version__")
         sheet.row("ComfyUI", there or "unknown version")
-        needed = _found(r'^requires-comfyui = ">=([^"]+)"', project)
+        needed = stated(PACK / "pyproject.toml", "requires-comfyui").removeprefix(">=")
         if there and needed and _number(there) < _number(needed):
             sheet.problem(f"ComfyUI {there} is older than {needed}, which Leapfrog needs.", "Update ComfyUI.")
     else:

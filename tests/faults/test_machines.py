@@ -14,10 +14,11 @@ import pytest
 import torch
 
 import tiny_models
+from campaign import wait_until
 from generation import Request, distance, generate
 from leapfrog.nodes import AsyncUNetSplit
 from leapfrog.parallel_backend import LeapfrogError, guests, supervisor
-from other_machine import BACKEND, PORT, OtherMachine, cannot, within
+from other_machine import BACKEND, PORT, OtherMachine, another_machine, cannot
 from pack import comfyui_dir
 from ranks import EXACT, load, reference, the_pool
 
@@ -29,15 +30,8 @@ STARTED_S = 60.0
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OtherMachine]:
-    supervisor.close_all()
-    made = OtherMachine(tmp_path_factory.mktemp("machines"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEAPFROG_MACHINES", str(made.file))
-        try:
-            yield made
-        finally:
-            supervisor.close_all()
-            made.close()
+    with another_machine(tmp_path_factory.mktemp("machines")) as made:
+        yield made
 
 
 @pytest.fixture
@@ -93,10 +87,10 @@ def test_a_machine_that_does_not_come(machine: OtherMachine, impatient: None):
 
 def test_a_machine_with_another_secret(machine: OtherMachine, impatient: None):
     joiner = machine.join(machine.write(machine.file.with_name("other.json"), secret="0" * 64))
-    assert within(STARTED_S, lambda: b"waits for a prompt" in machine.log.read_bytes())
+    assert wait_until(lambda: b"waits for a prompt" in machine.log.read_bytes(), STARTED_S)
     assert f"{machine.address} called with another secret" in str(failing())
     assert joiner.is_running()
-    assert within(5, lambda: b"was turned away" in machine.log.read_bytes())
+    assert wait_until(lambda: b"was turned away" in machine.log.read_bytes(), 5)
     machine.empty()
 
 
@@ -137,7 +131,7 @@ def test_a_joiner_is_killed(machine: OtherMachine):
     report = failing(while_halted(rank, strike)).report
     assert (report.code, report.rank) == ("rank_died", 1)
     assert "was lost: machine b broke the connection" in report.message
-    assert within(5, lambda: not machine.processes()), "the rank there ends with its joiner"
+    assert wait_until(lambda: not machine.processes(), 5), "the rank there ends with its joiner"
 
 
 def test_a_rank_there_that_hangs(machine: OtherMachine, monkeypatch: pytest.MonkeyPatch):
@@ -148,7 +142,7 @@ def test_a_rank_there_that_hangs(machine: OtherMachine, monkeypatch: pytest.Monk
     report = failing(lambda step, *_: rank.suspend() if step == 2 else None).report
     assert (report.code, report.rank) == ("rank_timeout", 1)
     assert "Its process is halted" in report.message
-    assert within(5, lambda: not machine.ranks())
+    assert wait_until(lambda: not machine.ranks(), 5)
 
 
 def test_a_machine_is_lost_and_comes_back(machine: OtherMachine):
@@ -166,7 +160,7 @@ def test_a_machine_is_lost_and_comes_back(machine: OtherMachine):
     assert time.monotonic() - began < NOTICED_S
     assert (report.code, report.rank, report.step) == ("rank_died", 1, 4)
     assert "was lost: machine b does not answer any more" in report.message
-    assert within(NOTICED_S, lambda: not machine.ranks()), "the rank there ends itself"
+    assert wait_until(lambda: not machine.ranks(), NOTICED_S), "the rank there ends itself"
     machine.ip("link", "set", machine.there, "up")
     assert right()
     assert machine.ranks()[0].parent() == joiner
@@ -205,4 +199,4 @@ def test_a_host_is_killed(machine: OtherMachine):
         assert host.stdout.readline()
         assert len(machine.ranks()) == 1
         host.kill()
-    assert within(5, lambda: not machine.ranks())
+    assert wait_until(lambda: not machine.ranks(), 5)

@@ -19,7 +19,7 @@ from generation import Request, distance, generate
 from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
 from leapfrog.parallel_backend import supervisor
 from leapfrog.parallel_backend.protocol import Echo
-from other_machine import BACKEND, FLAGS, OtherMachine, cannot
+from other_machine import BACKEND, FLAGS, OtherMachine, another_machine, cannot
 from ranks import EXACT, load, reference, the_pool, with_lora
 
 pytestmark = pytest.mark.skipif(bool(cannot()), reason=cannot())
@@ -27,15 +27,8 @@ pytestmark = pytest.mark.skipif(bool(cannot()), reason=cannot())
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OtherMachine]:
-    supervisor.close_all()
-    made = OtherMachine(tmp_path_factory.mktemp("machines"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEAPFROG_MACHINES", str(made.file))
-        try:
-            yield made
-        finally:
-            supervisor.close_all()
-            made.close()
+    with another_machine(tmp_path_factory.mktemp("machines")) as made:
+        yield made
 
 
 def split(model: Any, devices: str = "cpu,b/cpu", mode: str = "exact") -> Any:
