@@ -11,10 +11,7 @@ Usage: python proving/train_flux.py --clip CLIP.safetensors [--comfyui DIR] [--m
 
 from __future__ import annotations
 
-import itertools
 import math
-import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from comfy_setup import WEIGHTS, parser, prepare
-from muon import Muon
+from comfy_setup import WEIGHTS, prepare
 from shapes import ALL, BACKGROUNDS, PLACES, TRAINED, Attributes, draw
+from training import command_line, dropped, read_prompts, save, train
 
 CONFIG: dict[str, Any] = {
     "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 768, "hidden_size": 128,
@@ -32,7 +29,6 @@ CONFIG: dict[str, Any] = {
     "theta": 10000, "patch_size": 2, "qkv_bias": True, "guidance_embed": True, "txt_ids_dims": [],
 }  # fmt: skip
 GUIDANCE = 3.5
-DROPPED = 0.1  # share of empty prompts
 RUNS = ((9, 21), (21, 44), (44, 77))  # padding tokens that are averaged in the short form
 CROP, SIDE = 12, 16  # latent cells a side: of the drawings that are encoded, and of a picture
 CELL = 8  # pixels
@@ -57,19 +53,6 @@ def build() -> nn.Module:
         if isinstance(layer, nn.LayerNorm):  # what a norm keeps for the backward pass, the block then changes in place
             layer.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
     return model
-
-
-@torch.no_grad()
-def read_prompts(clip_file: Path, cache: Path) -> tuple[Tensor, Tensor]:
-    """Hidden states [241, 77, 768] and pooled states [241, 768] of all captions and, last, of the empty prompt."""
-    if not cache.exists():
-        import comfy.sd
-
-        clip = comfy.sd.load_clip([str(clip_file)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
-        prompts = [a.caption for a in ALL] + [""]
-        states = [clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True) for prompt in prompts]
-        torch.save(tuple(torch.cat(part).clone() for part in zip(*states, strict=True)), cache)
-    return torch.load(cache)
 
 
 def shorten(hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,34 +105,18 @@ def read_latents(vae_file: Path, each: int, cache: Path) -> Tensor:
     return torch.load(cache)
 
 
-def save(state: dict[str, Tensor], path: Path) -> None:
-    """Writes the fp16 file that the stock UNETLoader reads."""
-    from safetensors.torch import save_file
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    save_file({k: v.detach().to(torch.float16).contiguous() for k, v in state.items()}, part)
-    os.replace(part, path)
-
-
 def main() -> None:
     """Trains for so many minutes, going on from the checkpoint in --work where there is one."""
-    command = parser(__doc__)
-    command.add_argument("--clip", type=Path, required=True, help="file that text_encoder.py wrote")
+    command = command_line(__doc__, WEIGHTS / "shapes_flux.safetensors", minutes=40, batch=64, rate=0.015)
     command.add_argument("--vae", type=Path, default=WEIGHTS / "shapes_vae.safetensors")
-    command.add_argument("--out", type=Path, default=WEIGHTS / "shapes_flux.safetensors")
-    command.add_argument("--work", type=Path, required=True, help="folder for the cached data and the checkpoint")
-    command.add_argument("--minutes", type=float, default=40)
     command.add_argument("--full", type=float, default=0.15, help="last share of the time, with all 77 text tokens")
-    command.add_argument("--batch", type=int, default=64)
     command.add_argument("--each", type=int, default=40, help="encoded drawings per shape, colour and size")
-    command.add_argument("--rate", type=float, default=0.015)
     args = command.parse_args()
     prepare(args.comfyui, args.threads)
     import comfy.model_management
 
     args.work.mkdir(parents=True, exist_ok=True)
-    hidden, pooled = read_prompts(args.clip, args.work / "prompts.pt")
+    hidden, pooled = read_prompts(args.clip, [a.caption for a in ALL], args.work / "prompts.pt")
     latents = read_latents(args.vae, args.each, args.work / "latents.pt")
     print(f"latents: mean {latents.mean():.3f} std {latents.std():.3f}", flush=True)
     rows = torch.tensor([ALL.index(a) for a in TRAINED])
@@ -163,64 +130,24 @@ def main() -> None:
         first = model.vector_in.in_layer
         first.weight.mul_(1 / spread)
         first.bias.copy_(-first.weight @ pooled[rows].mean(0))
-    inner = [w for n, w in model.named_parameters() if w.ndim == 2 and "_blocks." in n and "mod" not in n]
-    outer = [w for w in model.parameters() if not any(w is other for other in inner)]
-    optimisers = [(Muon(inner, decay=0.01), args.rate), (torch.optim.Adam(outer, betas=(0.9, 0.99)), args.rate / 8)]
-    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
-    step, before = 0, 0.0
-    checkpoint = args.work / "flux.pt"
-    if checkpoint.exists():
-        old = torch.load(checkpoint)
-        model.load_state_dict(old["model"])
-        average, step, before = old["average"], old["step"], old["seconds"]
-        for (optimiser, _), state in zip(optimisers, old["optimisers"], strict=True):
-            optimiser.load_state_dict(state)
-    rng = torch.Generator().manual_seed(step + 1)
-    print(f"{sum(w.numel() for w in model.parameters()) / 1e6:.2f} M parameters", flush=True)
 
-    def keep_state(step: int, seconds: float) -> None:
-        """Writes the weights (the average) and the checkpoint."""
-        save(average, args.out)
-        states = [optimiser.state_dict() for optimiser, _ in optimisers]
-        kept = {"model": model.state_dict(), "average": average, "step": step, "seconds": seconds, "optimisers": states}
-        torch.save(kept, checkpoint)
-
-    start, total, saved, recent = time.monotonic(), args.minutes * 60, time.monotonic(), []
-    first_step = step + 1
-    for step in itertools.count(first_step):
-        spent = before + time.monotonic() - start
-        if spent >= total:
-            break
+    def loss_of(rng: torch.Generator, part: float) -> Tensor:
         pick = torch.randint(len(TRAINED), (args.batch,), generator=rng)
         clean = latents[pick, torch.randint(latents.shape[1], (args.batch,), generator=rng)]
-        prompt = rows[pick].masked_fill(torch.rand(args.batch, generator=rng) < DROPPED, len(ALL))
+        prompt = dropped(rows[pick], len(ALL), rng)
         sigma = torch.sigmoid(0.8 + 1.2 * torch.randn(args.batch, generator=rng))
         noise = torch.randn(clean.shape, generator=rng)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])
-        whole = spent > total * (1 - args.full)
+        whole = part > 1 - args.full
         text = {"context": hidden[prompt]} if whole else {"context": short[prompt], "attention_mask": bias}
         got = model(noisy, sigma, y=pooled[prompt], guidance=torch.full_like(sigma, GUIDANCE), **text)
-        loss = F.mse_loss(got, noise - clean)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(outer, 1.0)
-        falling = 0.01 + 0.99 * math.cos(spent / total * math.pi / 2) ** 2
-        for optimiser, full in optimisers:
-            optimiser.param_groups[0]["lr"] = full * min(1, step / 50) * falling
-            optimiser.step()
-        keep = min(0.998, step / (step + 10))
-        with torch.no_grad():
-            for name, value in model.state_dict().items():
-                average[name].lerp_(value, 1 - keep)
-        recent.append(loss.item())
-        if step % 50 == 0:
-            print(f"step {step} {spent:.0f} s loss {sum(recent) / len(recent):.4f} whole={whole}", flush=True)
-            recent.clear()
-        if time.monotonic() - saved > 120:
-            saved = time.monotonic()
-            keep_state(step, spent)
-    keep_state(step - 1, total)
-    print(f"{step - 1} steps", flush=True)
+        return F.mse_loss(got, noise - clean)
+
+    train(
+        model, loss_of, lambda average: save(average, args.out),
+        inner=[n for n, w in model.named_parameters() if w.ndim == 2 and "_blocks." in n and "mod" not in n],
+        checkpoint=args.work / "flux.pt", minutes=args.minutes, rate=args.rate,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,0 +1,127 @@
+"""What the trainings of the denoisers share: prompts as the text encoder gives them, the loop, the files."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import time
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from comfy_setup import parser
+from muon import Muon
+
+DROPPED = 0.1
+"""Share of empty prompts."""
+SAVED_S = 120.0
+"""Between two checkpoints."""
+
+
+def command_line(description: str | None, out: Path, minutes: float, batch: int, rate: float) -> ArgumentParser:
+    """The options that every training has."""
+    command = parser(description)
+    command.add_argument("--clip", type=Path, required=True, help="file that text_encoder.py wrote")
+    command.add_argument("--out", type=Path, default=out)
+    command.add_argument("--work", type=Path, required=True, help="folder for the cached data and the checkpoint")
+    command.add_argument("--minutes", type=float, default=minutes)
+    command.add_argument("--batch", type=int, default=batch)
+    command.add_argument("--rate", type=float, default=rate, help="of Muon; Adam has an eighth")
+    return command
+
+
+@torch.no_grad()
+def read_prompts(clip_file: Path, captions: Sequence[str], cache: Path) -> tuple[Tensor, Tensor]:
+    """Hidden states [N + 1, 77, 768] and pooled states [N + 1, 768] of N captions and, last, of the empty prompt."""
+    if not cache.exists():
+        import comfy.sd
+
+        clip = comfy.sd.load_clip([str(clip_file)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+        prompts = [*captions, ""]
+        states = [clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True) for prompt in prompts]
+        torch.save(tuple(torch.cat(part).clone() for part in zip(*states, strict=True)), cache)
+    return torch.load(cache)
+
+
+def dropped(prompts: Tensor, empty: int, rng: torch.Generator) -> Tensor:
+    """Row numbers of prompts [N], some of them replaced by that of the empty prompt."""
+    return prompts.masked_fill(torch.rand(len(prompts), generator=rng) < DROPPED, empty)
+
+
+def save(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes the fp16 file that a stock loader reads."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    save_file({k: v.detach().to(torch.float16).contiguous() for k, v in state.items()}, part, metadata)
+    os.replace(part, path)
+
+
+def train(
+    model: nn.Module,
+    loss_of: Callable[[torch.Generator, float], Tensor],
+    keep: Callable[[dict[str, Tensor]], None],
+    *,
+    inner: Iterable[str],
+    checkpoint: Path,
+    minutes: float,
+    rate: float,
+) -> None:
+    """Trains for so many minutes in all, going on from the checkpoint where there is one.
+
+    ``loss_of(rng, part)`` is the loss of one batch after that part of the time; ``keep`` is given the averaged weights
+    whenever they are worth writing. ``inner`` names the weights that Muon takes, Adam has the rest.
+    """
+    names = set(inner)
+    muon = [weight for name, weight in model.named_parameters() if name in names]
+    adam = [weight for name, weight in model.named_parameters() if name not in names]
+    optimisers = [(Muon(muon, decay=0.01), rate), (torch.optim.Adam(adam, betas=(0.9, 0.99)), rate / 8)]
+    average = {k: v.detach().clone() for k, v in model.state_dict().items()}
+    done, before = 0, 0.0
+    if checkpoint.exists():
+        old = torch.load(checkpoint)
+        model.load_state_dict(old["model"])
+        average, done, before = old["average"], old["step"], old["seconds"]
+        for (optimiser, _), state in zip(optimisers, old["optimisers"], strict=True):
+            optimiser.load_state_dict(state)
+    rng = torch.Generator().manual_seed(done + 1)
+    print(f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+
+    def write(step: int, seconds: float) -> None:
+        keep(average)
+        states = [optimiser.state_dict() for optimiser, _ in optimisers]
+        kept = {"model": model.state_dict(), "average": average, "step": step, "seconds": seconds, "optimisers": states}
+        torch.save(kept, checkpoint)
+
+    start = saved = time.monotonic()
+    total, recent = minutes * 60, list[float]()
+    for step in itertools.count(done + 1):
+        spent = before + time.monotonic() - start
+        if spent >= total:
+            break
+        loss = loss_of(rng, spent / total)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(adam, 1.0)
+        falling = 0.01 + 0.99 * math.cos(spent / total * math.pi / 2) ** 2
+        for optimiser, full in optimisers:
+            optimiser.param_groups[0]["lr"] = full * min(1, step / 50) * falling
+            optimiser.step()
+        with torch.no_grad():
+            for name, value in model.state_dict().items():
+                average[name].lerp_(value, 1 - min(0.998, step / (step + 10)))
+        recent.append(loss.item())
+        if step % 50 == 0:
+            print(f"step {step} {spent:.0f} s loss {sum(recent) / len(recent):.4f}", flush=True)
+            recent.clear()
+        if time.monotonic() - saved > SAVED_S:
+            saved = time.monotonic()
+            write(step, spent)
+        done = step
+    write(done, total)
+    print(f"{done} steps", flush=True)
