@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .protocol import Payload
-from .tensors import TensorHead, flatten, laid_out, slice_rows, unflatten
+from .tensors import TensorHead, laid_out, slice_rows, unflatten
 
 # Options whose tensors have no rows, whatever their first dimension is.
 WHOLE = frozenset(("inside_patches", "sample_sigmas"))
@@ -91,26 +91,44 @@ def _same_but_for_rows(tensor: torch.Tensor, other: torch.Tensor, spread: bool) 
     return same and (spread or tensor is other or torch.equal(tensor, other))
 
 
-def rows_of(payload: Payload, inputs: Any, call: Rows, begin: int, end: int) -> Payload:
-    """The payload of ``call`` with rows ``[begin, end)`` only, for ``inputs`` that have the same tensors."""
-    spec, _ = flatten(inputs, "denoiser input")
-    spread = _spread(spec, [head.shape for head in payload.heads], call)
+def rows_of(payload: Payload, call: Rows, shares: Sequence[tuple[int, int]]) -> list[Payload]:
+    """The payload of ``call``, for each share ``[begin, end)`` of the rows with those and their chunks only."""
+    spread = _spread(payload.spec, [head.shape for head in payload.heads], call)
+    chunks = call.chunks
 
-    def cut(head: TensorHead) -> TensorHead:
-        per = call.count // head.shape[0]
-        return slice_rows(head, head.shape[0], begin // per, end // per)
+    def of(begin: int, end: int) -> Payload:
+        def cut(head: TensorHead) -> TensorHead:
+            per = call.count // head.shape[0]
+            return slice_rows(head, head.shape[0], begin // per, end // per)
 
-    heads = [cut(head) if has_rows else head for head, has_rows in zip(payload.heads, spread, strict=True)]
-    return Payload(payload.arena, spec, heads)
+        heads = [cut(head) if has_rows else head for head, has_rows in zip(payload.heads, spread, strict=True)]
+        own = chunks[begin * len(chunks) // call.count : -(-end * len(chunks) // call.count)]
+        return Payload(payload.arena, _naming(payload.spec, own), heads)
+
+    return [of(begin, end) for begin, end in shares]
 
 
 def with_chunks(inputs: Any, chunks: Sequence[int]) -> Any:
-    """The inputs for some of the chunks: their tensors are cut elsewhere, this is what names the chunks."""
+    """The inputs with other chunks named; their tensors stay as they are."""
     args, kwargs = inputs
     options = kwargs.get("transformer_options")
     if not options or "cond_or_uncond" not in options:
         return inputs
     return args, {**kwargs, "transformer_options": {**options, "cond_or_uncond": list(chunks)}}
+
+
+def _naming(spec: Any, chunks: Sequence[int]) -> Any:
+    """As :func:`with_chunks`, for the spec of inputs, which is quicker than to make another one."""
+
+    def changed(node: Any, key: str, change: Callable[[Any], Any]) -> Any:
+        kind, body = node
+        return [kind, [[k, change(value) if k == ["v", key] else value] for k, value in body]] if kind == "d" else node
+
+    def renamed(options: Any) -> Any:
+        return changed(options, "cond_or_uncond", lambda _: ["l", [["v", chunk] for chunk in chunks]])
+
+    kind, (args, kwargs) = spec
+    return [kind, [args, changed(kwargs, "transformer_options", renamed)]]
 
 
 def _tensors_under(node: Any, keys: frozenset[str], inside: bool = False) -> Iterator[int]:

@@ -233,11 +233,10 @@ def _layout_of(payload: Payload) -> str:
 
 @dataclass
 class Lane:
-    """One pipeline in one call: the ranks of its components in order, the rows and the chunks that it evaluates."""
+    """One pipeline in one call: the ranks of its components in order, the rows that it evaluates."""
 
     ranks: list[int]
     rows: tuple[int, int]
-    chunks: tuple[int, int]
 
 
 class SplitDenoiser(RemoteDenoiser):
@@ -304,9 +303,9 @@ class SplitDenoiser(RemoteDenoiser):
             inside = inputs[1].get("transformer_options", {}).get("inside_patches", {})
             together = "cond_or_uncond" in inside.get("reads", ())
             lanes = _lanes_of_call(self._lanes, _first(x).shape[0], chunks, together)
-            payloads, out = self._write(pool, lanes, inputs, x, chunks, tick)
+            payloads, out = self._write(pool, lanes, inputs, x, tick)
             if self._prepare(pool, payloads[0], patches, tick):
-                payloads, out = self._write(pool, lanes, inputs, x, chunks, tick)
+                payloads, out = self._write(pool, lanes, inputs, x, tick)
             return self._send(pool, lanes, payloads, out, x, stream, times, ahead, tick)
 
     def wait(self, pending: Sequence[Pending], tick: Tick) -> Pending:
@@ -335,18 +334,13 @@ class SplitDenoiser(RemoteDenoiser):
         if self._pool and pending.last:
             self._pool.done(pending.call)
 
-    def _write(
-        self, pool: Pool, lanes: list[Lane], inputs: Any, x: Any, chunks: Sequence[int], tick: Tick
-    ) -> tuple[list[Payload], int]:
+    def _write(self, pool: Pool, lanes: list[Lane], inputs: Any, x: Any, tick: Tick) -> tuple[list[Payload], int]:
         """What each lane gets, and where the room for outputs begins."""
-        trees = [with_chunks(inputs, chunks[slice(*lane.chunks)]) for lane in lanes]
-        payload, out = pool.payload(
-            trees[0], tick, reserve=_room_for_output(x) * len(lanes) * self.plan.stride, where="denoiser input"
-        )
+        room = _room_for_output(x) * len(lanes) * self.plan.stride
+        payload, out = pool.payload(inputs, tick, reserve=room, where="denoiser input")
         if len(lanes) == 1:
             return [payload], out
-        whole = Rows(inputs, _first(x).shape[0])
-        return [rows_of(payload, tree, whole, *lane.rows) for tree, lane in zip(trees, lanes, strict=True)], out
+        return rows_of(payload, Rows(inputs, _first(x).shape[0]), [lane.rows for lane in lanes]), out
 
     def _send(
         self, pool: Pool, lanes: list[Lane], payloads: list[Payload], out: int, x: Any, stream: Hashable,
@@ -473,9 +467,9 @@ def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int], tog
     """
     if len(lanes) == 1 or together or len(chunks) % len(lanes):
         ranks = lanes[chunks[0] % len(lanes)] if len(chunks) == 1 else lanes[0]
-        return [Lane(ranks, (0, rows), (0, len(chunks)))]
-    each, share = len(chunks) // len(lanes), rows // len(lanes)
-    return [Lane(ranks, (share * at, share * (at + 1)), (each * at, each * (at + 1))) for at, ranks in enumerate(lanes)]
+        return [Lane(ranks, (0, rows))]
+    share = rows // len(lanes)
+    return [Lane(ranks, (share * at, share * (at + 1))) for at, ranks in enumerate(lanes)]
 
 
 @dataclass(eq=False)
@@ -574,12 +568,11 @@ class LanesDenoiser(RemoteDenoiser):
         sent_at = time.perf_counter()
         room = _room_for_output(members[0].x) * len(members)
         payload, out = pool.payload(rows.inputs, tick, reserve=room * len(shares), where="denoiser input")
-        chunks = rows.chunks
-        messages = {}
-        for at, (rank, (begin, end)) in enumerate(shares.items()):
-            own = chunks[begin * len(chunks) // rows.count : -(-end * len(chunks) // rows.count)]
-            share = rows_of(payload, with_chunks(rows.inputs, own), rows, begin, end)
-            messages[rank] = Evaluate(inputs=share, out=out + at * room, out_size=room, run=self._run)
+        payloads = zip(shares, rows_of(payload, rows, list(shares.values())), strict=True)
+        messages = {
+            rank: Evaluate(inputs=share, out=out + at * room, out_size=room, run=self._run)
+            for at, (rank, share) in enumerate(payloads)
+        }
         lanes = sum(member.lanes for member in members)
         call = self._submit(pool, messages, payload, f"round of {lanes}" if lanes > 1 else "single", tick)
         batch = _Batch(
