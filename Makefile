@@ -23,10 +23,8 @@ lint: setup
 bench: setup  ## speed on a denoiser heavy enough to tell
 	@$(BIN)/python scripts/bench.py
 
-quality: setup  ## how close both blocks come to ComfyUI alone, on the trained model: docs/results.md
-	@$(BIN)/python scripts/fidelity.py --block split
-	@$(BIN)/python scripts/fidelity.py --block parastep --steps 20,30,50
-	@$(BIN)/python scripts/fidelity.py --block parastep --steps 20,30,50 --sampler dpmpp_2m
+quality: setup  ## how close both blocks come to ComfyUI alone, on the trained models: docs/quality/
+	@$(BIN)/python scripts/quality.py --samples 8
 
 families: setup  ## every architecture, U-Nets at full size: docs/families.md
 	LEAPFROG_WRITE_DOCS=1 LEAPFROG_FULL_SIZE=1 $(BIN)/pytest tests/multirank/test_families.py tests/full_size

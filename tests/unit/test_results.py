@@ -1,0 +1,58 @@
+"""Published results: every table can be read, and says how to repeat it, when and on what it was measured."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pack import ROOT
+
+DOCS = [ROOT / "docs/results.md", *sorted((ROOT / "docs/quality").glob("*.md"))]
+DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
+HARDWARE = re.compile(r"\bcores?\b|\bthreads?\b|\bGPU\b|H100|H200|A5000")
+
+
+def sections(path: Path) -> Iterator[tuple[str, str]]:
+    """(title, text) of each section; what stands above the first holds for all."""
+    above, *rest = re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    for section in rest:
+        title, _, text = section.partition("\n")
+        yield title, above + text
+    if not rest:
+        yield path.stem, above
+
+
+SECTIONS = [pytest.param(text, id=f"{path.stem}: {title}") for path in DOCS for title, text in sections(path)]
+
+
+def tables(text: str) -> list[list[str]]:
+    """The lines of each table."""
+    return [block.splitlines() for block in re.findall(r"(?:^\|.*\|\n?)+", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("text", [one for one in SECTIONS if tables(str(one.values[0]))])
+def test_tables_name_their_command_date_and_hardware(text: str):
+    for table in tables(text):
+        assert re.fullmatch(r"\|(-+\|)+", table[1].replace(" ", ""))
+        assert len({line.replace(r"\|", "").count("|") for line in table}) == 1, table[0]
+        assert len(table) > 2
+    assert DATE.search(text)
+    assert HARDWARE.search(text)
+    commands = re.findall(r"^(?:python \S+|make).*$|`make \w+`", text, re.MULTILINE)
+    assert commands, "no command repeats this"
+
+
+@pytest.mark.parametrize("text", SECTIONS)
+def test_commands_exist(text: str):
+    for command in re.findall(r"^python (\S+.*)$", text, re.MULTILINE):
+        for part in re.split(r"&& (?:python )?", command):
+            script, *words = shlex.split(part)
+            source = (ROOT / script).read_text(encoding="utf-8")
+            for word in words:
+                assert not word.startswith("--") or f'"{word}"' in source, f"{script} has no {word}"
+    for target in re.findall(r"`make (\w+)`", text):
+        assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
