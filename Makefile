@@ -5,14 +5,17 @@ ifdef COMFYUI_DIR  # a user's own checkout: nothing is written into it, no bytec
 export PYTHONDONTWRITEBYTECODE := 1
 endif
 
+UNDISTURBED := tests/unit tests/multirank
+
 .PHONY: demo test lint bench quality families faults soak fuzz setup clean distclean
 .DEFAULT_GOAL := demo
 
 demo: setup  ## one prompt through ComfyUI alone and through both nodes: a table and a picture
 	@$(BIN)/python scripts/demo.py
 
-test: lint  ## lint, then every test that can run here
-	$(BIN)/pytest
+test: lint  ## lint, then every test that can run here; those that nothing disturbs two files at a time
+	$(BIN)/pytest -n 2 --dist loadfile $(UNDISTURBED)
+	$(BIN)/pytest $(addprefix --ignore ,$(UNDISTURBED))
 
 lint: setup
 	$(BIN)/ruff check

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -17,7 +16,7 @@ NEED_A_NETWORK = [
     "tests-unit/app_test/frontend_manager_test.py::test_init_frontend_invalid_version",
     "tests-unit/app_test/frontend_manager_test.py::test_init_frontend_invalid_provider",
 ]
-NOT_COPIED = {".git", "__pycache__", "custom_nodes", "input", "models", "output", "temp", "user"}
+NOT_COPIED = {".git", "custom_nodes", "input", "models", "output", "temp", "user"}
 """Top-level names: what belongs to a user, and may be large."""
 
 PLUGIN = '''
@@ -48,7 +47,7 @@ def comfyui_with_pack(tmp_path: Path) -> Path:
         pytest.skip(f"{source} has no tests-unit")
 
     def skipped(folder: str, names: list[str]) -> set[str]:
-        return NOT_COPIED.intersection(names) if Path(folder) == source else {"__pycache__"}
+        return NOT_COPIED.intersection(names) if Path(folder) == source else set()
 
     shutil.copytree(source, copy, ignore=skipped)
     packs = copy / "custom_nodes"
@@ -67,7 +66,6 @@ def test_they_pass_with_the_pack_installed(comfyui_with_pack: Path):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "tests-unit", "-q", "--no-header", *plugins, *deselected],
         cwd=comfyui_with_pack,
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -28,7 +28,13 @@ ENCODES_FIRST = "ace_step15"
 SERVED = [name for name in QUICK if name not in REFUSED]
 ALL = os.environ.get("LEAPFROG_FULL_SIZE") == "1"
 CUTS = [(ranks, name) for ranks in (2, 3, 4) for name in SERVED if ALL or ranks == 3 or name in SERVED[::6]]
-"""`make families` takes every family with every number of ranks."""
+ASYNCHRONOUS = [
+    (mode, name)
+    for at, name in enumerate(SERVED)
+    for turn, mode in enumerate(("asyncdiff", "lookahead"))
+    if ALL or at % 2 == turn
+]
+"""`make families` takes every family with every number of ranks and in both modes."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,8 +79,7 @@ def test_exact_mode_is_comfyui(ranks: int, name: str):
     assert off < EXACT
 
 
-@pytest.mark.parametrize("name", SERVED)
-@pytest.mark.parametrize("mode", ["asyncdiff", "lookahead"])
+@pytest.mark.parametrize(("mode", "name"), ASYNCHRONOUS)
 def test_asynchronous_modes_run_and_repeat(mode: str, name: str):
     """Random weights drift too far to be close; that both are close on a trained model is tested elsewhere."""
     family: Family = FAMILIES[name]
