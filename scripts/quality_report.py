@@ -137,10 +137,10 @@ def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
                 ways.setdefault(way_of(row), []).append(row)
         for mode, points in ways.items():
             points.sort(key=lambda row: row.speed)
-            peer = points[0].degree is None
+            line_style, marker = ("--", "x") if points[0].degree is None else ("-", "o")
             field.errorbar(
                 [row.speed for row in points], [row.psnr for row in points], [row.psnr_ci for row in points],
-                label=mode, color=f"C{names.index(mode) % 10}", linestyle="--" if peer else "-", marker="x" if peer else "o",
+                label=mode, color=f"C{names.index(mode) % 10}", linestyle=line_style, marker=marker,
                 markersize=4, linewidth=1, capsize=2,
             )  # fmt: skip
         field.set(title=f"{of} steps", xlabel="ideal speed against one device", ylabel="PSNR to the same steps, dB")
