@@ -1,7 +1,8 @@
 """`make bench`: times of both blocks against ComfyUI alone, side by side in one run, on one thread per process.
 
 The denoiser is a full-size Stable Diffusion 1.5 U-Net with random weights, made at run time. Each figure stands beside
-what the schedule could reach at best and what this machine lets two processes reach at all.
+what the schedule could reach at best and what this machine lets so many processes reach at all; among the rows are one
+device's own ways to be faster and the published ParaStep. ``--ranks``, ``--size`` and ``--steps`` show how it scales.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from pack import ROOT, add_comfyui, load_pack
 
 CFG = 7.0
 ALONE, ALONE_UNGUIDED = "ComfyUI alone", "ComfyUI alone, CFG 1"
-RANKS = 2
 TITLES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1"}
 SECONDS_SOLO = 12.0
 # All processes alike: glibc keeps what is freed. By default it gives large blocks back to the system, and the page
@@ -35,12 +35,12 @@ SECONDS_SOLO = 12.0
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
-def devices() -> tuple[str, ...]:
-    """The ranks' devices: two GPUs where there are two, else the CPU."""
+def devices(ranks: int) -> tuple[str, ...]:
+    """The ranks' devices: GPUs where there are so many, else the CPU."""
     import torch
 
-    many = torch.cuda.is_available() and torch.cuda.device_count() >= RANKS
-    return tuple(f"cuda:{i}" for i in range(RANKS)) if many else ("cpu",) * RANKS
+    many = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
+    return tuple(f"cuda:{i}" for i in range(ranks)) if many else ("cpu",) * ranks
 
 
 def timed(model: Any, name: str, sampler: Any, steps: int, size: int, cfg: float) -> tuple[Any, float]:
@@ -82,8 +82,8 @@ def solo(name: str, size: int) -> None:
         print(calls / (time.perf_counter() - began), flush=True)
 
 
-def machine_factor(name: str, size: int) -> float:
-    """Throughput of two independent one-thread processes of the denoiser together, against one alone."""
+def machine_factor(name: str, size: int, ranks: int) -> float:
+    """Throughput of so many independent one-thread processes of the denoiser together, against one alone."""
 
     def together(count: int) -> float:
         command = [sys.executable, __file__, "--solo", "--model", name, "--size", str(size)]
@@ -92,7 +92,7 @@ def machine_factor(name: str, size: int) -> float:
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": device.partition(":")[2]},
             )
-            for device in devices()[:count]
+            for device in devices(ranks)[:count]
         ]  # fmt: skip
         for job in jobs:
             said: Any = job.stdout
@@ -105,10 +105,10 @@ def machine_factor(name: str, size: int) -> float:
             orders.flush()
         return sum(float(job.communicate()[0].split()[-1]) for job in jobs)
 
-    return together(2) / together(1)
+    return together(ranks) / together(1)
 
 
-def round_trip_ms() -> float:
+def round_trip_ms(ranks: int) -> float:
     """Median of 500 round trips of a 4x64x64 float32 latent to an idle rank and back, in milliseconds."""
     import torch
 
@@ -116,13 +116,13 @@ def round_trip_ms() -> float:
     from leapfrog.parallel_backend.protocol import Echo
     from leapfrog.parallel_backend.supervisor import acquire
 
-    pool = acquire(devices(), comfy_host(), lambda: None, round_trip_ms)
+    pool = acquire(devices(ranks), comfy_host(), lambda: None, round_trip_ms)
     latent = torch.randn(1, 4, 64, 64)
     times = []
     for _ in range(500):
         began = time.perf_counter()
         payload, out = pool.payload(latent, lambda: None, reserve=latent.nbytes + 64)
-        messages = {r: Echo(inputs=payload, out=out, out_size=latent.nbytes + 64) for r in range(RANKS)}
+        messages = {r: Echo(inputs=payload, out=out, out_size=latent.nbytes + 64) for r in range(ranks)}
         replies = pool.request(messages, 10.0, lambda: None)
         pool.read(replies[0].output)
         times.append(time.perf_counter() - began)
@@ -180,7 +180,9 @@ def batches(options: argparse.Namespace) -> None:
         "Stable Audio, narrow, latent 64x256": small("stable_audio", latent=(64, 256)),
         "Wan 2.1, narrow, latent 16x4x8x8": small("wan21", latent=(16, 4, 8, 8)),
     }
-    print(f"{date.today()}, one device ({devices()[0]}), one thread, {options.steps} steps, CFG 1, nothing rejected")
+    print(
+        f"{date.today()}, one device ({devices(options.ranks)[0]}), one thread, {options.steps} steps, CFG 1, nothing rejected"
+    )
     print("| model | lanes | rounds | seconds | speed | at best |")
     print("|---|---|---|---|---|---|", flush=True)
     for name, run in cases.items():
@@ -188,7 +190,9 @@ def batches(options: argparse.Namespace) -> None:
             continue
         alone = 0.0
         for lanes in (1, 2, 4, 8):
-            sampler = RoundsSampler(LanesPlan(devices()[:1], lanes, options.warmup), euler, lambda text: None)
+            sampler = RoundsSampler(
+                LanesPlan(devices(options.ranks)[:1], lanes, options.warmup), euler, lambda text: None
+            )
             run(sampler, 2)
             took = []
             for _ in range(options.repeat):
@@ -209,6 +213,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=16, help="side of the latent")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--model", choices=TITLES, default="sd15")
     parser.add_argument(
         "--only", default="", help="only rows whose names contain this, and what they are compared with"
@@ -218,7 +223,7 @@ def main() -> None:
     options = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
-    if not options.solo and devices()[0] == "cpu":
+    if not options.solo and devices(options.ranks)[0] == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     add_comfyui()
     load_pack()
@@ -234,6 +239,7 @@ def main() -> None:
 
 def run(options: argparse.Namespace) -> None:
     import comfy.samplers
+    from comfy_extras.nodes_easycache import EasyCacheNode
 
     from leapfrog.nodes import AsyncUNetSplit
     from leapfrog.nodes.rounds_sampler import in_rounds
@@ -242,38 +248,47 @@ def run(options: argparse.Namespace) -> None:
     from leapfrog.parallel_backend.schedules import asyncdiff, parastep
     from leapfrog.parallel_backend.supervisor import close_all
 
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(devices())}")
+    ranks = options.ranks
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(devices(ranks))}")
     print(
         f"{TITLES[options.model]} U-Net, random weights, latent side {options.size}, {options.steps} steps, CFG {CFG}"
     )
-    factor = machine_factor(options.model, options.size)
-    print(f"two independent processes reach {factor:.2f}x of one on this machine")
-    print(f"host round trip, 4x64x64 latent, {RANKS} idle ranks: {round_trip_ms():.3f} ms median", flush=True)
+    factor = machine_factor(options.model, options.size, ranks)
+    print(f"{ranks} independent processes reach {factor:.2f}x of one on this machine")
+    print(f"host round trip, 4x64x64 latent, {ranks} idle ranks: {round_trip_ms(ranks):.3f} ms median", flush=True)
 
     whole = load(options.model)
     euler = comfy.samplers.sampler_object("euler")
-    named = ",".join(devices())
+    named = ",".join(devices(ranks))
     steps, warmup = options.steps, options.warmup
     splits = {
-        mode: AsyncUNetSplit.execute(whole, named, RANKS, warmup, 1, mode, cfg_lanes="off").args[0]
+        mode: AsyncUNetSplit.execute(whole, named, ranks, warmup, 1, mode, cfg_lanes="off").args[0]
         for mode in ("lookahead", "asyncdiff", "exact")
     }
 
-    def lanes(count: int) -> Any:
-        return in_rounds(LanesPlan.choose(named, count, warmup, fidelity="unguarded"), euler)
+    def lanes(count: int, predictor: str = "linear") -> Any:
+        return in_rounds(LanesPlan.choose(named, count, warmup, predictor, "unguarded"), euler)
 
-    def row(bound: float, model: Any = whole, sampler: Any = euler, cfg: float = CFG) -> Row:
+    def row(bound: float, model: Any = whole, sampler: Any = euler, cfg: float = CFG, share: float = 1.0) -> Row:
         beside = ALONE if cfg == CFG else ALONE_UNGUIDED
-        return Row(lambda n: timed(model, options.model, sampler, n, options.size, cfg), bound, beside)
+        return Row(
+            lambda n: timed(model, options.model, sampler, max(1, round(share * n)), options.size, cfg), bound, beside
+        )
+
+    rounds = parastep.ideal_speedup(steps, ranks, warmup)
+    parallel = f"ParaStep, {ranks} lanes, CFG 1"
 
     rows = {
         ALONE: row(1.0),
+        "EasyCache, threshold 0.2": row(1.0, EasyCacheNode.execute(whole, 0.2, 0.15, 0.95, False).args[0]),
+        "half of the steps": row(1.0, share=0.5),
         "Async UNet Split, exact": row(1.0, splits["exact"]),
-        "Async UNet Split, lookahead": row(asyncdiff.ideal_speedup(steps, warmup + 1, 1 / RANKS), splits["lookahead"]),
-        "Async UNet Split, asyncdiff": row(asyncdiff.ideal_speedup(steps, warmup, 1 / RANKS), splits["asyncdiff"]),
-        "ParaStep, CFG lanes": row(2.0, sampler=lanes(0)),
+        "Async UNet Split, lookahead": row(asyncdiff.ideal_speedup(steps, warmup + 1, 1 / ranks), splits["lookahead"]),
+        "Async UNet Split, asyncdiff": row(asyncdiff.ideal_speedup(steps, warmup, 1 / ranks), splits["asyncdiff"]),
+        "ParaStep, CFG lanes": row(2.0, sampler=lanes(1)),
         ALONE_UNGUIDED: row(1.0, cfg=1.0),
-        "ParaStep, 2 lanes, CFG 1": row(parastep.ideal_speedup(steps, RANKS, warmup), sampler=lanes(2), cfg=1.0),
+        parallel: row(rounds, sampler=lanes(ranks), cfg=1.0),
+        "ParaStep as published, CFG 1": row(rounds, sampler=lanes(ranks, "paper"), cfg=1.0),
     }
     if options.only:
         wanted = {name for name in rows if options.only in name}
@@ -289,7 +304,7 @@ def run(options: argparse.Namespace) -> None:
                 one.latent, took = one.run(steps)
                 del os.environ[TRACE_DIR]
                 one.seconds.append(took)
-                if name == "ParaStep, 2 lanes, CFG 1":
+                if name == parallel:
                     found = round_overheads_ms(Path(folder))
                     beyond += found[0]
                     between += found[1]
@@ -298,14 +313,18 @@ def run(options: argparse.Namespace) -> None:
     for name in (ALONE, ALONE_UNGUIDED):
         if name in rows:
             print(f"{name}: {1e3 * statistics.median(rows[name].seconds) / steps:.0f} ms per step on one thread")
-    print(f"{'':30}{'seconds':>9}{'speed':>8}{'bound':>8}{'of bound x factor':>19}{'rel. difference':>17}")
+    print(
+        f"{'':30}{'seconds':>9}{'speed':>8}{'(each time)':>16}{'bound':>8}{'of bound x factor':>19}{'rel. difference':>17}"
+    )
     table = []
     for name, one in rows.items():
         beside, took = rows[one.beside], statistics.median(one.seconds)
         speed = statistics.median(beside.seconds) / took
-        reached = f"{speed / (one.bound / RANKS * factor):.0%}" if one.bound > 1 else "-"
+        each = [theirs / ours for theirs, ours in zip(beside.seconds, one.seconds, strict=True)]
+        reached = f"{speed / (one.bound / ranks * factor):.0%}" if one.bound > 1 else "-"
         apart = float((one.latent - beside.latent).norm() / beside.latent.norm())
-        print(f"{name:30}{took:9.2f}{speed:7.2f}x{one.bound:7.2f}x{reached:>18}{apart:17.1e}")
+        among = f"{min(each):.2f} to {max(each):.2f}"
+        print(f"{name:30}{took:9.2f}{speed:7.2f}x{among:>16}{one.bound:7.2f}x{reached:>18}{apart:17.1e}")
         table.append({"name": name, "seconds": one.seconds, "speed": speed, "bound": one.bound, "difference": apart})
     if between:
         print(
