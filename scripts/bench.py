@@ -190,9 +190,7 @@ def batches(options: argparse.Namespace) -> None:
             continue
         alone = 0.0
         for lanes in (1, 2, 4, 8):
-            sampler = RoundsSampler(
-                LanesPlan(devices(options.ranks)[:1], lanes, options.warmup), euler, lambda text: None
-            )
+            sampler = RoundsSampler(LanesPlan((device,), lanes, options.warmup), euler, lambda text: None)
             run(sampler, 2)
             took = []
             for _ in range(options.repeat):
@@ -313,9 +311,8 @@ def run(options: argparse.Namespace) -> None:
     for name in (ALONE, ALONE_UNGUIDED):
         if name in rows:
             print(f"{name}: {1e3 * statistics.median(rows[name].seconds) / steps:.0f} ms per step on one thread")
-    print(
-        f"{'':30}{'seconds':>9}{'speed':>8}{'(each time)':>16}{'bound':>8}{'of bound x factor':>19}{'rel. difference':>17}"
-    )
+    heads = f"{'seconds':>9}{'speed':>8}{'(each time)':>16}{'bound':>8}{'of bound x factor':>19}{'rel. difference':>17}"
+    print(f"{'':30}{heads}")
     table = []
     for name, one in rows.items():
         beside, took = rows[one.beside], statistics.median(one.seconds)
