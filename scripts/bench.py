@@ -180,9 +180,8 @@ def batches(options: argparse.Namespace) -> None:
         "Stable Audio, narrow, latent 64x256": small("stable_audio", latent=(64, 256)),
         "Wan 2.1, narrow, latent 16x4x8x8": small("wan21", latent=(16, 4, 8, 8)),
     }
-    print(
-        f"{date.today()}, one device ({devices(options.ranks)[0]}), one thread, {options.steps} steps, CFG 1, nothing rejected"
-    )
+    device = devices(1)[0]
+    print(f"{date.today()}, one device ({device}), one thread, {options.steps} steps, CFG 1, nothing rejected")
     print("| model | lanes | rounds | seconds | speed | at best |")
     print("|---|---|---|---|---|---|", flush=True)
     for name, run in cases.items():
