@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from comfy_setup import WEIGHTS
+from comfy_setup import HERE, WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,46 @@ def flux() -> Ground:
     return _drawn("Flux, drawn shapes", model, "simple")
 
 
+def unet() -> Ground:
+    """The U-Net; ranks learn of its class from proving/rank_site."""
+    import comfy.sd
+    from unet_config import register
+
+    register()
+    paths = [str(HERE / "rank_site"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    model = comfy.sd.load_diffusion_model(str(WEIGHTS / "shapes_unet.safetensors"))
+    return _drawn("U-Net, drawn shapes", model, "normal")
+
+
+def wan() -> Ground:
+    """The video transformer."""
+    import comfy.sd
+    from judge_moving import decode, judge
+    from moving import FRAMES, HELD_OUT, SIDE
+
+    model = comfy.sd.load_diffusion_model(str(WEIGHTS / "moving_wan.safetensors"))
+    vae = _vae()
+    return Ground(
+        "Wan, moving shapes", model, (16, FRAMES, SIDE // 8, SIDE // 8), 3.5, "simple", HELD_OUT,
+        lambda latents: decode(vae, latents).flatten(1, 2), lambda latents: judge(decode(vae, latents)),
+    )  # fmt: skip
+
+
+def audio() -> Ground:
+    """The audio transformer."""
+    import comfy.sd
+    from judge_sounds import judge
+    from sounds import BANDS, FRAMES, HELD_OUT, levels, waveforms
+
+    path = str(WEIGHTS / "sounds_stable_audio.safetensors")
+    model = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
+    return Ground(
+        "Stable Audio, drawn sounds", model, (BANDS, FRAMES), 4.0, "karras", HELD_OUT,
+        lambda latents: levels(latents)[..., None], lambda latents: judge(waveforms(latents)),
+    )  # fmt: skip
+
+
 def _drawn(title: str, model: Any, scheduler: str) -> Ground:
     from judge import judge, load
     from shapes import HELD_OUT
@@ -58,7 +99,7 @@ def _vae() -> Any:
     return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(WEIGHTS / "shapes_vae.safetensors")))
 
 
-GROUNDS: dict[str, Callable[[], Ground]] = {"flux": flux}
+GROUNDS: dict[str, Callable[[], Ground]] = {"flux": flux, "unet": unet, "wan": wan, "audio": audio}
 
 
 def prompts(ground: Ground, clip_file: Path, samples: int) -> tuple[list[Any], list[Any], Any]:
