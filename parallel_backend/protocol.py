@@ -112,7 +112,7 @@ class Trace(HostMessage):
     """Watch the recipe's denoiser run on these inputs, on weights that are never read.
 
     ``units`` are those of the cut where there is one, else they are found. Times are the best of ``rounds``. ``shapes``
-    are those of weights that patches will widen.
+    are those of weights that patches will widen. ``held``: on those of the whole denoiser, which the rank holds.
     """
 
     recipe: Recipe | None = None
@@ -120,6 +120,7 @@ class Trace(HostMessage):
     units: list[str] = []
     rounds: Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUNDS)] = 0
     shapes: dict[str, Shape] = {}
+    held: bool = False
 
 
 class Cut(msgspec.Struct, frozen=True):
