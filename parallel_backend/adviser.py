@@ -41,7 +41,8 @@ class Facts:
     ``stem`` and ``head`` are the seconds before the first unit and behind the last; the whole takes the sum of all.
     These are times of a rank while no other computes; ``crowd`` is how many times as long it takes while all do.
     ``shared`` are the bytes of weights outside the units, ``host`` the seconds from the host to a rank and back,
-    ``free`` the bytes of memory that each device can give, None where nobody counts.
+    ``free`` the bytes of memory that each device can give, None where nobody counts. ``batch`` is how many pictures a
+    conditioning has, which ParaStep may spread.
     """
 
     units: tuple[Unit, ...]
@@ -52,11 +53,12 @@ class Facts:
     host: float = 0.0
     crowd: float = 1.0
     free: int | None = None
+    batch: int = 1
 
-    def whole(self, conditionings: int) -> float:
-        """Seconds of a whole evaluation; of more than two conditionings as many times the second one's share more."""
+    def whole(self, conditionings: float) -> float:
+        """Seconds of a whole evaluation of so many conditionings, on the line through those of one and of two."""
         one, two = (sum(unit.seconds[at] for unit in self.units) + self.stem[at] + self.head[at] for at in (0, 1))
-        return one + (conditionings - 1) * max(0.0, two - one)
+        return max(one + (conditionings - 1) * (two - one), min(conditionings, 1.0) * one)
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +172,7 @@ def _plans(facts: Facts, steps: int, conditionings: int, devices: tuple[str, ...
     if facts.room is None or facts.nbytes <= facts.room:
         yield Advice(None, alone, 1.0, facts.nbytes, math.inf)
         for count in range(1, len(devices) + 1):
-            for plan, fidelity in _lanes_plans(devices[:count], conditionings):
+            for plan, fidelity in _lanes_plans(devices[:count], conditionings * facts.batch):
                 known = expected(fidelity, plan.lanes, steps)
                 seconds = lanes_seconds(facts, plan, steps, conditionings)
                 seconds *= known.longer if known and plan.lanes > 1 else 1.0
@@ -187,12 +189,12 @@ def _plans(facts: Facts, steps: int, conditionings: int, devices: tuple[str, ...
         yield Advice(plan, seconds, alone / seconds, nbytes, decibels)
 
 
-def _lanes_plans(devices: tuple[str, ...], conditionings: int) -> Iterator[tuple[LanesPlan, str]]:
-    """ParaStep's plans that use all of these devices, each with its preset."""
-    if 1 < len(devices) <= conditionings:
+def _lanes_plans(devices: tuple[str, ...], rows: int) -> Iterator[tuple[LanesPlan, str]]:
+    """ParaStep's plans that use all of these devices for evaluations of so many rows, each with its preset."""
+    if 1 < len(devices) <= rows:
         yield LanesPlan(devices, 1), "balanced"
     for lanes in range(2, MOST + 1):
-        if lanes * conditionings >= len(devices):
+        if lanes * rows >= len(devices):
             for preset in PRESETS:
                 yield LanesPlan(devices, lanes, bound=LanesPlan.FIDELITIES[preset][0]), preset
 
@@ -221,8 +223,10 @@ def lanes_seconds(facts: Facts, plan: LanesPlan, steps: int, conditionings: int)
     """Seconds of a run if nothing is rejected."""
     lanes = plan.lanes_for(conditionings)
     rounds = rounds_taken(steps, lanes, plan.warmup, grows=plan.bound < math.inf and not plan.eager)
-    crowd = facts.crowd
-    return rounds_seconds(rounds, conditionings, len(plan.devices), facts.whole, host=facts.host, crowd=crowd)
+    return rounds_seconds(
+        rounds, conditionings * facts.batch, len(plan.devices), lambda rows: facts.whole(rows / facts.batch),
+        host=facts.host, crowd=facts.crowd,
+    )  # fmt: skip
 
 
 def split_seconds(facts: Facts, plan: SplitPlan, steps: int, conditionings: int) -> tuple[float, int]:

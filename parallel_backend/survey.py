@@ -116,6 +116,7 @@ class Survey(LanesDenoiser):
             host=self._round_trip(pool, x, tick),
             crowd=crowd,
             free=min((free for free in pool.free if free is not None), default=None),
+            batch=call.count // call.group,
         )
 
     def _trace(

@@ -3,9 +3,10 @@
     python scripts/validate.py            # a full-size Stable Diffusion 1.5 U-Net, one thread for each rank
     python scripts/validate.py --quick    # a small U-Net, to see that it works
 
-What is predicted from is measured in the ranks, on the real weights, before each round of runs: shares of the units in
-an evaluation, evaluations of one and of two rows while one rank computes and while both do (``survey.py``). Nothing is
-fitted to the runs. ComfyUI's own work around the denoiser is in the measured times and not in the predicted ones.
+What is predicted from is measured in the ranks, on the real weights, before and after each run, because other work on
+the machine comes and goes: shares of the units in an evaluation, evaluations of one and of two rows while one rank
+computes and while both do (``survey.py``). Nothing is fitted to the runs. ComfyUI's own work around the denoiser is in
+the measured times and not in the predicted ones.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def small(size: int) -> tuple[Any, Any, Any, Callable[[Any, Any, float, int], An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=TITLES, default="sd15")
-    parser.add_argument("--size", type=int, help="side of the latent; default: 16, or 32 with --quick")
+    parser.add_argument("--size", type=int, default=16, help="side of the latent")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=3)
@@ -131,30 +132,39 @@ def main() -> None:
     from leapfrog.parallel_backend.supervisor import close_all
 
     torch.set_num_threads(1)
-    size = options.size or (32 if options.quick else 16)
+    size = options.size
     title = "A small U-Net" if options.quick else f"{TITLES[options.model]} U-Net"
     model, positive, latent, run = small(size) if options.quick else full_size(options.model, size)
     rows = plan_rows(model, run, options.warmup)
     rows = {name: row for name, row in rows.items() if options.only in name}
-    said = []
+
+    def survey() -> Any:
+        return measured(model, positive, {"samples": latent}, ",".join(devices())).facts
+
+    known = [survey()]
     for _ in range(options.repeat):
-        survey = measured(model, positive, {"samples": latent}, ",".join(devices()))
-        said.append(survey.said)
         for name, row in rows.items():
             print(f"  {name} ...", file=sys.stderr, flush=True)
-            row.run(2)  # the ranks load what this row needs
+            row.run(options.steps)  # the ranks load what this row needs, and measure for the cut
             began = time.perf_counter()
             row.run(options.steps)
             row.measured.append(time.perf_counter() - began)
-            row.predicted.append(row.predict(survey.facts, options.steps))
+            known.append(survey())
+            row.predicted.append(statistics.mean(row.predict(facts, options.steps) for facts in known[-2:]))
     close_all()
     print(
-        f"{date.today()}, {title}, random weights, latent side {size}, {options.steps} steps of Euler, {options.warmup} "
-        f"of warm-up, CFG {CFG:g} where nothing else is said; ranks on {', '.join(devices())}; medians of "
-        f"{options.repeat}"
+        f"{date.today()}, {title}, random weights, latent side {size}, {options.steps} steps of Euler, "
+        f"{options.warmup} of warm-up, CFG {CFG:g} where nothing else is said; ranks on {', '.join(devices())}; "
+        f"medians of {options.repeat}"
     )
-    for line in said:
-        print(f"* {line}")
+    for what, values in {
+        "an evaluation of one prompt, ms": [1e3 * facts.whole(1) for facts in known],
+        "of two prompts, ms": [1e3 * facts.whole(2) for facts in known],
+        "times as long while both ranks compute": [facts.crowd for facts in known],
+        "host to rank and back, ms": [1e3 * facts.host for facts in known],
+        "link, GB/s": [facts.link.bytes_per_second / 1e9 for facts in known],
+    }.items():
+        print(f"* {what}: {min(values):.3g} to {max(values):.3g}, median {statistics.median(values):.3g}")
     print("\n| plan | predicted, ms per step | measured, ms per step | difference |\n|---|---|---|---|")
     for name, row in rows.items():
         predicted, took = (1e3 * statistics.median(times) / options.steps for times in (row.predicted, row.measured))

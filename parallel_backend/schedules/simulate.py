@@ -127,7 +127,7 @@ def rounds_taken(steps: int, lanes: int, warmup: int = 0, grows: bool = False) -
 
 def rounds_seconds(
     rounds: Sequence[int],
-    conditionings: int,
+    rows: int,
     devices: int,
     seconds: Callable[[int], float],
     *,
@@ -136,13 +136,13 @@ def rounds_seconds(
 ) -> float:
     """Seconds that rounds of so many evaluations take, one after another.
 
-    An evaluation is one denoiser call for each of its ``conditionings``; those of a round are dealt to the ``devices``
-    as ParaStep does, and the round ends with the device that has most. ``seconds(n)`` is how long a rank takes for n of
-    them as one batch while no other computes.
+    An evaluation has so many ``rows``, one for each picture and conditioning. Those of a round are dealt to the
+    ``devices`` as ParaStep does, and the round ends with the device that has most. ``seconds(n)`` is how long a rank
+    takes for n of them as one batch while no other computes.
     """
     total = 0.0
     for lanes, times in Counter(rounds).items():
-        (shares,) = row_shares([(lanes * conditionings, 1)], devices)
+        (shares,) = row_shares([(lanes * rows, 1)], devices)
         most = max(end - begin for begin, end in shares.values())
         total += times * (host + seconds(most) * (crowd if len(shares) > 1 else 1.0))
     return total

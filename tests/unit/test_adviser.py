@@ -43,8 +43,8 @@ def facts(draw: st.DrawFn) -> Facts:
     ]
     link = Link(draw(st.floats(1e8, 1e11)), draw(st.floats(0, 1e-3)))
     free = draw(st.none() | st.integers(GB, 20 * GB))
-    host, crowd = draw(st.floats(0, 0.1)), draw(st.floats(1.0, 2.0))
-    return Facts(tuple(units), pair(), pair(), draw(st.integers(0, GB)), link, host, crowd, free)
+    host, crowd, batch = draw(st.floats(0, 0.1)), draw(st.floats(1.0, 2.0)), draw(st.integers(1, 5))
+    return Facts(tuple(units), pair(), pair(), draw(st.integers(0, GB)), link, host, crowd, free, batch)
 
 
 @given(facts(), st.integers(1, 60), st.sampled_from([1, 2]), st.integers(1, 8), st.sampled_from(WISHES))
@@ -79,13 +79,20 @@ def test_no_exact_plan_beats_its_devices(facts: Facts, steps: int, conditionings
     facts = replace(facts, free=None)
     for advice in advise(facts, steps, conditionings, CPUS[:devices], "fastest"):
         if advice.exact and advice.plan:
-            assert advice.speed <= min(len(advice.plan.devices), conditionings) + 1e-9
+            assert advice.speed <= min(len(advice.plan.devices), conditionings * facts.batch) + 1e-9
 
 
 def test_two_devices_and_two_prompts_get_one_each():
     best = advise(chain(one=0.52, **PLENTY), 20, 2, CPUS[:2], "balanced")[0]
     assert best.exact
     assert best.speed == pytest.approx(1 / 0.52, rel=0.01)
+
+
+def test_a_batch_is_spread_over_the_devices():
+    best = advise(chain(two=1.2, batch=4, **PLENTY), 20, 1, CPUS[:4], "faithful")[0]
+    assert isinstance(best.plan, LanesPlan)
+    assert (best.plan.lanes, len(best.plan.devices), best.exact) == (1, 4, True)
+    assert best.speed == pytest.approx(4, rel=0.01)
 
 
 def test_faithful_is_closer_and_not_faster_than_fastest():
