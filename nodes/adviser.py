@@ -115,9 +115,9 @@ def measured(model: Any, positive: Any, latent_image: dict[str, Any], devices: s
 
 
 def advice(survey: Survey, steps: int, conditionings: int, wish: str) -> str:
-    """The advice for the wish, and what other wishes would get."""
-    lines = [f"{wish}: {survey.advise(steps, conditionings, wish)[0].line(steps)}"]
-    for other in Survey.WISHES:
-        if other != wish:
-            lines.append(f"({other}: {survey.advise(steps, conditionings, other)[0].line(steps)})")
+    """The advice for the wish, then what other wishes would get, and what was measured."""
+    wishes: dict[str, list[str]] = {}
+    for one in (wish, *Survey.WISHES):
+        wishes.setdefault(survey.advise(steps, conditionings, one)[0].line(steps), []).append(one)
+    lines = [f"{', '.join(dict.fromkeys(named))}: {line}" for line, named in wishes.items()]
     return "\n".join([*lines, survey.said, SMALL_PRINT])

@@ -132,7 +132,7 @@ class Advice:
         """All of it in a line."""
         return (
             f"{self.settings}: {self.speed:.2f}x, {self.seconds:.3g} s for {steps} steps, {self.closeness}, "
-            f"{self.nbytes / 1e9:.1f} GB of weights on a device"
+            f"{self.nbytes / 1e9:.2g} GB of weights on a device"
         )
 
 

@@ -66,12 +66,10 @@ class Survey(LanesDenoiser):
         assert facts
         one, two = (f"{1e3 * facts.whole(conditionings):.3g} ms" for conditionings in (1, 2))
         link = f"{facts.link.bytes_per_second / 1e9:.2g} GB/s, {1e6 * facts.link.latency:.0f} us"
-        others = (
-            f"while others compute {facts.crowd:.2f} times as long, a link {link}; " if len(self.devices) > 1 else ""
-        )
+        others = f", {facts.crowd:.2f} times as long while all compute; a link {link}" if len(self.devices) > 1 else ""
         return (
-            f"One evaluation of one prompt {one}, of two {two}; {others}a round trip {1e3 * facts.host:.1f} ms; "
-            f"{len(facts.units)} units, {facts.nbytes / 1e9:.2g} GB"
+            f"An evaluation of one prompt takes {one}, of two {two}{others}; a round trip {1e3 * facts.host:.1f} ms; "
+            f"{len(facts.units)} units, {facts.nbytes / 1e9:.2g} GB."
         )
 
     def submit(

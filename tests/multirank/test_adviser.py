@@ -12,7 +12,7 @@ from generation import Request, distance, generate, prompt
 from leapfrog.nodes import LeapfrogAdviser
 from leapfrog.nodes.adviser import measured
 from leapfrog.nodes.rounds_sampler import in_rounds
-from leapfrog.parallel_backend import LanesPlan, LeapfrogError, SplitPlan
+from leapfrog.parallel_backend import LanesPlan, LeapfrogError, SplitPlan, Survey
 from ranks import EXACT, load, parastep, reference, split, the_pool
 
 
@@ -28,10 +28,11 @@ def test_the_model_passes_through_and_the_advice_can_be_followed(family: str):
     model = load(family)
     same, text = ask(model, family)
     assert same is model
-    first, *others = text.splitlines()
-    assert re.match(r"balanced: (one device|ParaStep|Async UNet Split).*: \d+\.\d\dx, .* s for 20 steps, ", first)
-    assert [line.split(":")[0] for line in others[:3]] == ["(fastest", "(faithful", "(least memory"]
-    assert "Async UNet Split: components 2" in others[2]
+    lines = text.splitlines()
+    assert re.match(r"balanced.*: (one device|ParaStep|Async UNet Split).*: \d+\.\d\dx, .* s for 20 steps, ", lines[0])
+    assert sorted(wish for line in lines[:-2] for wish in line.split(":")[0].split(", ")) == sorted(Survey.WISHES)
+    (least,) = (line for line in lines if "least memory" in line.split(":")[0])
+    assert "Async UNet Split: components 2" in least
     request = Request(family)
     assert distance(generate(model, request, parastep(1)), reference(request)) < EXACT
 

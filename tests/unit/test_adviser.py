@@ -200,7 +200,7 @@ def test_an_advice_says_what_to_set():
         "Async UNet Split: components 2, mode lookahead, warmup_steps 0, cfg_lanes on, devices cpu,cpu,cpu,cpu" in told
     )
     line = Advice(None, 1.234, 1.0, GB, math.inf).line(20)
-    assert line == "one device, without Leapfrog: 1.00x, 1.23 s for 20 steps, exact, 1.0 GB of weights on a device"
+    assert line == "one device, without Leapfrog: 1.00x, 1.23 s for 20 steps, exact, 1 GB of weights on a device"
     assert re.search("fidelity not measured", Advice(None, 1.0, 1.0, GB, None).line(20))
 
 
