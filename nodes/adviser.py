@@ -25,7 +25,7 @@ class LeapfrogAdviser(io.ComfyNode):
     """
     Measures the model on your devices and says which of Leapfrog's nodes to take, with which settings.
 
-    The model passes through unchanged. Take the node out again, or mute it, once you know.
+    The model passes through unchanged. Take the node out again, or bypass it, once you know.
     """
 
     @classmethod

@@ -77,6 +77,7 @@ def plan_rows(model: Any, run: Callable[[Any, Any, float, int], Any], warmup: in
         "CFG lanes": parastep(1, CFG),
         "ParaStep, 2 lanes": parastep(2, CFG),
         "ComfyUI alone, CFG 1": alone(1.0),
+        "one rank, CFG 1": parastep(1, 1.0),
         "ParaStep, 2 lanes, CFG 1": parastep(2, 1.0),
     }
 
