@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
+from .adviser import LeapfrogAdviser
 from .async_unet_split import AsyncUNetSplit
 from .parastep_ksampler import ParaStepKSampler
 from .parastep_sampler import ParaStepSampler
@@ -11,7 +12,7 @@ from .parastep_sampler import ParaStepSampler
 
 class LeapfrogExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [AsyncUNetSplit, ParaStepSampler, ParaStepKSampler]
+        return [AsyncUNetSplit, ParaStepSampler, ParaStepKSampler, LeapfrogAdviser]
 
 
 async def comfy_entrypoint() -> LeapfrogExtension:

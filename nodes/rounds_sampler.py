@@ -40,6 +40,8 @@ def in_rounds(plan: LanesPlan, base: Any, tell: Callable[[str], None] = lambda t
 class RoundsSampler(AheadSampler):
     """Rounds of evaluations whose rows are spread over ranks that each hold the whole denoiser."""
 
+    engine: type[LanesDenoiser] = LanesDenoiser
+
     def __init__(self, plan: LanesPlan, base: comfy.samplers.KSAMPLER, tell: Callable[[str], None]):
         super().__init__(base)
         self.plan = plan
@@ -113,7 +115,7 @@ class RoundsSampler(AheadSampler):
             )
         recipe = recipe_of(patcher)
         if self._denoiser is None or self._denoiser.recipe != recipe:
-            self._denoiser = LanesDenoiser(self.plan, recipe, comfy_host())
+            self._denoiser = self.engine(self.plan, recipe, comfy_host())
         self._denoiser.check_patches(patches_of(patcher))
         _close_with(patcher, self._denoiser)
         if patcher.load_device.type == "cuda":

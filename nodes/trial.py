@@ -1,4 +1,5 @@
-"""The doctor's part that needs ComfyUI: do the nodes load, and does a model cut in parts give what ComfyUI gives."""
+"""The doctor's part that needs ComfyUI: do the nodes load, does a model cut in parts give what ComfyUI gives, and what
+is advised for it."""
 
 from __future__ import annotations
 
@@ -18,9 +19,11 @@ import torch
 
 from ..parallel_backend import LeapfrogError
 from . import AsyncUNetSplit, comfy_entrypoint
+from .adviser import measured
 
 Row = Callable[..., None]
 SIDE = 32
+STEPS = 20
 TOKENS = 16
 MOST = 8
 """Components that the node offers at most."""
@@ -57,7 +60,8 @@ def run(row: Row, devices: Sequence[str], model: str) -> None:
         )  # fmt: skip
         return
     try:
-        text = _compare(found, devices, began)
+        for content in _tried(found, devices, began):
+            row(**content)
     except LeapfrogError as error:
         row(
             name="a model", text=error.report.message, todo=error.report.hint,
@@ -68,8 +72,6 @@ def run(row: Row, devices: Sequence[str], model: str) -> None:
             name="a model", text=f"{type(error).__name__}: {error}", last_words=traceback.format_exc().splitlines(),
             todo="Please report this with the whole text above.",
         )  # fmt: skip
-    else:
-        row(name="a model", **text)
 
 
 def _find(name: str) -> tuple[str, str] | None:
@@ -97,8 +99,9 @@ def _load(folder: str, path: str) -> Any:
     return comfy.sd.load_diffusion_model(path)
 
 
-def _compare(found: tuple[str, str], devices: Sequence[str], began: float) -> dict[str, Any]:
-    """The row's content: one evaluation by ComfyUI alone and one in exact mode, at the same latent and prompt."""
+def _tried(found: tuple[str, str], devices: Sequence[str], began: float) -> Iterator[dict[str, Any]]:
+    """Rows: one evaluation by ComfyUI alone and one in exact mode, at the same latent and prompt; if all is well, what
+    is advised."""
     model = _load(*found)
     kind = type(model.model).__name__
     alone = failure = None
@@ -113,10 +116,12 @@ def _compare(found: tuple[str, str], devices: Sequence[str], began: float) -> di
             failure = failure or error
     if alone is None or not alone.isfinite().all():
         why = "it makes no finite numbers of it" if failure is None else str(failure)
-        return {
+        yield {
+            "name": "a model",
             "text": f"not compared: ComfyUI alone cannot use a {kind} with a made-up prompt ({why})",
             "remark": "but the model could not be compared",
         }
+        return
     dtype = model.model.get_dtype_inference()
     comfy.model_management.unload_all_models()
     parts = min(len(devices), MOST)
@@ -131,11 +136,28 @@ def _compare(found: tuple[str, str], devices: Sequence[str], began: float) -> di
     seconds = time.perf_counter() - began
     text = f"{kind} in {parts} parts, relative difference {distance:.1e} to ComfyUI alone ({seconds:.0f} s)"
     if distance <= BOUNDS.get(dtype, BOUND):
-        return {"text": f"ok, {text}"}
-    return {
-        "text": f"Not the result of ComfyUI alone: {text}.", "last_words": [],
+        yield {"name": "a model", "text": f"ok, {text}"}
+        yield {"name": "advice", "text": _advice(model, prompt, devices)}
+        return
+    yield {
+        "name": "a model", "text": f"Not the result of ComfyUI alone: {text}.", "last_words": [],
         "todo": "Please report this with the whole text above and the name of the model.",
     }  # fmt: skip
+
+
+def _advice(model: Any, prompt: list[list[Any]], devices: Sequence[str]) -> str:
+    """What Leapfrog Adviser says by default, with CFG and without."""
+    shape = _shape(model)
+    survey = measured(model, prompt, {"samples": torch.zeros(shape)}, ",".join(devices))
+    try:
+        lines = [
+            f"{what}: {survey.advise(STEPS, conditionings, survey.WISHES[0])[0].line(STEPS)}"
+            for what, conditionings in (("CFG above 1", 2), ("CFG 1", 1))
+        ]
+    finally:
+        survey.close()
+    size = "x".join(map(str, shape[1:]))
+    return "\n".join([*lines, f"at a latent of {size}; Leapfrog Adviser takes your own. {survey.said}"])
 
 
 def _prompts(model: Any) -> Iterator[list[list[Any]]]:
@@ -154,10 +176,15 @@ def _noise(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+def _shape(model: Any) -> tuple[int, ...]:
+    """Of a small latent."""
+    form = model.get_model_object("latent_format")
+    return 1, form.latent_channels, *{1: (SIDE * 2,), 3: (1, SIDE, SIDE)}.get(form.latent_dimensions, (SIDE, SIDE))
+
+
 def _evaluate(model: Any, prompt: list[list[Any]]) -> torch.Tensor:
     """What the model makes of a noise in one step of Euler, which is one evaluation."""
-    form = model.get_model_object("latent_format")
-    shape = (1, form.latent_channels, *{1: (SIDE * 2,), 3: (1, SIDE, SIDE)}.get(form.latent_dimensions, (SIDE, SIDE)))
+    shape = _shape(model)
     first = float(model.get_model_object("model_sampling").sigma_max)
     with torch.inference_mode():
         return comfy.sample.sample_custom(

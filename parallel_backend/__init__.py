@@ -19,6 +19,9 @@ The life of one denoise step, which is also the reading order:
 Ranks of other machines are lent by joiners there (``joining.py``); ``guests.py`` is the host's side of them, and
 ``courier.py`` carries the tensors that shared memory carries elsewhere.
 
+Which plan to take is asked before all that: ``survey.py`` measures a denoiser on the ranks, ``adviser.py`` times every
+plan by ``schedules/simulate.py``, and ``fidelity.py`` says how close such plans came to ComfyUI alone.
+
 Importing this package starts nothing.
 """
 
@@ -28,6 +31,7 @@ from .plan import LanesPlan, SplitPlan
 from .protocol import Recipe
 from .rounds import Rounds
 from .starting import ComfyHost
+from .survey import Survey, Surveyed
 
 __all__ = [
     "ComfyHost",
@@ -38,4 +42,6 @@ __all__ = [
     "Rounds",
     "SplitDenoiser",
     "SplitPlan",
+    "Survey",
+    "Surveyed",
 ]

@@ -46,12 +46,7 @@ def choose_cut(traces: Sequence[Traced], lanes: Sequence[Sequence[int]], plan: S
     stem, head = traces[0].stem, traces[0].head
     nbytes = [unit.nbytes for unit in traces[0].units]
     try:
-        fair = [min(filter(None, (limit, _fair_share(traces[0], components)))) for limit in limits]
-        if plan.balance == "memory" and min(fair) < _smallest_possible(nbytes, components):
-            bounds = list(partition(nbytes, components))  # the units are too uneven for a tenth
-        else:
-            room = fair if plan.balance == "memory" else limits
-            bounds = list(partition(costs, stem=stem, head=head, nbytes=nbytes, limits=room, slack=SLACK))
+        bounds = best_bounds(costs, nbytes, traces[0].shared, limits, stem, head, plan.balance)
     except ValueError as error:
         raise LeapfrogError.of("bad_plan", f"{error}.") from None
     share = slowest_share(costs, bounds, stem=stem, head=head)
@@ -63,6 +58,22 @@ def choose_cut(traces: Sequence[Traced], lanes: Sequence[Sequence[int]], plan: S
         "Leapfrog: components %s of %d units, the slowest is %.0f %% of the denoiser", bounds, len(units), 100 * share
     )
     return Cut(units, bounds + bounds[-1:] * twins)
+
+
+def best_bounds(
+    costs: Sequence[Sequence[float]], nbytes: Sequence[int], shared: int, limits: Sequence[int | None], stem: float,
+    head: float, balance: str,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """Bounds of the components; ``costs[position][unit]`` are seconds, ``limits`` as those of :func:`partition`.
+
+    ``shared`` are the bytes that every rank holds besides its units. Raises ValueError where nothing fits.
+    """
+    components = len(costs)
+    fair = [min(filter(None, (limit, _fair_share(nbytes, shared, components)))) for limit in limits]
+    if balance == "memory" and min(fair) < _smallest_possible(nbytes, components):
+        return list(partition([nbytes] * components, nbytes=nbytes, limits=limits))  # too uneven for a tenth
+    room = fair if balance == "memory" else limits
+    return list(partition(costs, stem=stem, head=head, nbytes=nbytes, limits=room, slack=SLACK))
 
 
 def _held_twice(cut: Cut) -> int:
@@ -81,10 +92,9 @@ def _limit(traces: Sequence[Traced]) -> int | None:
     return min(room) if room else None
 
 
-def _fair_share(trace: Traced, components: int) -> int:
+def _fair_share(nbytes: Sequence[int], shared: int, components: int) -> int:
     """Bytes of units' weights with which a rank holds a tenth of all weights more than an equal share."""
-    whole = trace.shared + sum(unit.nbytes for unit in trace.units)
-    return int((1 / components + FAIR_SHARE_PLUS) * whole) - trace.shared
+    return int((1 / components + FAIR_SHARE_PLUS) * (shared + sum(nbytes))) - shared
 
 
 def _smallest_possible(nbytes: Sequence[int], components: int) -> int:

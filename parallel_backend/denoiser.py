@@ -166,6 +166,11 @@ class RemoteDenoiser:
             self._slowest.clear()
         return pool
 
+    def _whole_fits(self, pool: Pool) -> bool:
+        """Whether each device can hold the whole denoiser."""
+        size = self.recipe.stamp[0]
+        return all(free is None or size <= FOR_WEIGHTS * free for free in pool.free)
+
     def _load(self, pool: Pool, cut: Cut | None, lanes: list[list[int]], patches: Patches, tick: Tick) -> list[Loaded]:
         """What the ranks hold, after loading what they do not. ``lanes`` are the ranks of each lane, in order."""
         wanted = (self.recipe, cut, lanes, patches[0])
@@ -209,26 +214,32 @@ def _joined(parts: list[Any]) -> Any:
     return type(parts[0])(_joined(list(items)) for items in zip(*parts, strict=True))
 
 
-def _room_for_output(x: Any) -> int:
+def room_for_output(x: Any) -> int:
     """Bytes for a result: as many elements as ``x`` in float32, twice over, on a 64-byte boundary."""
     elements = sum(t.nelement() for t in flatten(x)[1])
     return elements * 8 + 64 & ~63
 
 
 def _layout_of(payload: Payload) -> str:
-    """What decides the flow between units and the shapes in it: shapes, structure, code inside the denoiser."""
+    """What decides the flow between units and the shapes in it: shapes, structure, code inside the denoiser.
+
+    How many steps the run has does not.
+    """
 
     def structure(node: Any) -> Any:
         kind, body = node
+        if kind == "t":
+            return payload.heads[body].dtype, payload.heads[body].shape
         if kind == "v":
             return type(body).__name__
         if kind in ("l", "u"):
             return [kind, *map(structure, body)]
         if kind == "d":
-            return [[key[1], value if key[1] == "id" else structure(value)] for key, value in body]
+            known = [(key[1], value) for key, value in body if key[1] != "sample_sigmas"]
+            return [[key, value if key == "id" else structure(value)] for key, value in known]
         return kind
 
-    return json.dumps([structure(payload.spec), [(head.dtype, head.shape) for head in payload.heads]], default=str)
+    return json.dumps(structure(payload.spec), default=str)
 
 
 @dataclass
@@ -302,7 +313,7 @@ class SplitDenoiser(RemoteDenoiser):
                 self._lanes = self.plan.lanes(len(set(chunks)) > 1, self._whole_fits(pool))
             inside = inputs[1].get("transformer_options", {}).get("inside_patches", {})
             together = "cond_or_uncond" in inside.get("reads", ())
-            lanes = _lanes_of_call(self._lanes, _first(x).shape[0], chunks, together)
+            lanes = _lanes_of_call(self._lanes, first_tensor(x).shape[0], chunks, together)
             payloads, out = self._write(pool, lanes, inputs, x, tick)
             if self._prepare(pool, payloads[0], patches, tick):
                 payloads, out = self._write(pool, lanes, inputs, x, tick)
@@ -336,11 +347,11 @@ class SplitDenoiser(RemoteDenoiser):
 
     def _write(self, pool: Pool, lanes: list[Lane], inputs: Any, x: Any, tick: Tick) -> tuple[list[Payload], int]:
         """What each lane gets, and where the room for outputs begins."""
-        room = _room_for_output(x) * len(lanes) * self.plan.stride
+        room = room_for_output(x) * len(lanes) * self.plan.stride
         payload, out = pool.payload(inputs, tick, reserve=room, where="denoiser input")
         if len(lanes) == 1:
             return [payload], out
-        return rows_of(payload, Rows(inputs, _first(x).shape[0]), [lane.rows for lane in lanes]), out
+        return rows_of(payload, Rows(inputs, first_tensor(x).shape[0]), [lane.rows for lane in lanes]), out
 
     def _send(
         self, pool: Pool, lanes: list[Lane], payloads: list[Payload], out: int, x: Any, stream: Hashable,
@@ -353,7 +364,7 @@ class SplitDenoiser(RemoteDenoiser):
             return self._rests.pop(how.stream)
         at_last = self.components - 1
         two_steps = not how.exact and self.plan.stride == 2
-        room = _room_for_output(x)
+        room = room_for_output(x)
         messages = {}
         for at, (lane, payload) in enumerate(zip(lanes, payloads, strict=True)):
             for position, rank in enumerate(lane.ranks):
@@ -368,7 +379,7 @@ class SplitDenoiser(RemoteDenoiser):
         finals = [lane.ranks[-1] for lane in lanes]
         sent_at = time.perf_counter()
         call = self._submit(pool, messages, payloads[0], kind, tick)
-        pending = Pending(call, finals, _first(x).shape, sent_at)
+        pending = Pending(call, finals, first_tensor(x).shape, sent_at)
         learnt.update((number, rank) for rank in messages)
         if two_steps:
             pending.last = False
@@ -385,10 +396,6 @@ class SplitDenoiser(RemoteDenoiser):
         if for_next_step:
             return 1.0 if self.plan.time_shift else after
         return before if self.plan.time_shift else 1.0
-
-    def _whole_fits(self, pool: Pool) -> bool:
-        size = self.recipe.stamp[0]
-        return all(free is None or size <= FOR_WEIGHTS * free for free in pool.free)
 
     def _prepare(self, pool: Pool, payload: Payload, patches: Patches, tick: Tick) -> bool:
         """Measure, cut and load what is not there yet; whether the pool was asked anything meanwhile."""
@@ -455,7 +462,7 @@ class SplitDenoiser(RemoteDenoiser):
         return layouts.setdefault(key, len(layouts)), next(iter(self._traces[key].values())).flow
 
 
-def _first(x: Any) -> torch.Tensor:
+def first_tensor(x: Any) -> torch.Tensor:
     """A latent's tensor, of several (audio and video) the first."""
     return x if isinstance(x, torch.Tensor) else x[0]
 
@@ -538,7 +545,7 @@ class LanesDenoiser(RemoteDenoiser):
         if self._unsent and patches[0] != self._patches[0]:
             self.flush(tick)
         self._patches = patches
-        rows = Rows(inputs, _first(x).shape[0], group, alone)
+        rows = Rows(inputs, first_tensor(x).shape[0], group, alone)
         chunks = rows.chunks
         self.conditionings = max(self.conditionings, len(chunks))
         if lanes > 1:
@@ -546,6 +553,9 @@ class LanesDenoiser(RemoteDenoiser):
         evaluation = LaneEvaluation(x, rows, lanes)
         self._unsent.append(evaluation)
         return evaluation
+
+    def _load_whole(self, pool: Pool, patches: Patches, tick: Tick) -> list[Loaded]:
+        return self._load(pool, None, [[rank] for rank in range(len(self.devices))], patches, tick)
 
     def flush(self, tick: Tick) -> None:
         """Send what has been submitted. Raises LeapfrogError."""
@@ -555,8 +565,7 @@ class LanesDenoiser(RemoteDenoiser):
         pool = self._ready_pool(tick)
         with pool.lock:
             assert self.report
-            each_alone = [[rank] for rank in range(len(self.devices))]
-            self.report.loaded = self._load(pool, None, each_alone, self._patches, tick)
+            self.report.loaded = self._load_whole(pool, self._patches, tick)
             calls = batched([one.rows for one in waiting])
             shares = row_shares([(rows.count, rows.group) for rows, _ in calls], len(self.devices))
             for (rows, members), share in zip(calls, shares, strict=True):
@@ -566,7 +575,7 @@ class LanesDenoiser(RemoteDenoiser):
         self, pool: Pool, rows: Rows, shares: dict[int, tuple[int, int]], members: list[LaneEvaluation], tick: Tick
     ) -> None:
         sent_at = time.perf_counter()
-        room = _room_for_output(members[0].x) * len(members)
+        room = room_for_output(members[0].x) * len(members)
         payload, out = pool.payload(rows.inputs, tick, reserve=room * len(shares), where="denoiser input")
         payloads = zip(shares, rows_of(payload, rows, list(shares.values())), strict=True)
         messages = {
@@ -576,7 +585,7 @@ class LanesDenoiser(RemoteDenoiser):
         lanes = sum(member.lanes for member in members)
         call = self._submit(pool, messages, payload, f"round of {lanes}" if lanes > 1 else "single", tick)
         batch = _Batch(
-            call, torch.Size((rows.count, *_first(members[0].x).shape[1:])), sent_at, shares, len(members), {}
+            call, torch.Size((rows.count, *first_tensor(members[0].x).shape[1:])), sent_at, shares, len(members), {}
         )
         for at, member in enumerate(members):
             member.batch, member.begin = batch, at * member.rows.count

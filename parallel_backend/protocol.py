@@ -71,6 +71,9 @@ class Recipe(msgspec.Struct, frozen=True, eq=False):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self._identity == other._identity
 
+    def __ne__(self, other: object) -> bool:  # else that of msgspec's structs, which knows nothing of this __eq__
+        return not self == other
+
     def __hash__(self) -> int:
         return hash(self._identity)
 
@@ -112,7 +115,7 @@ class Trace(HostMessage):
     """Watch the recipe's denoiser run on these inputs, on weights that are never read.
 
     ``units`` are those of the cut where there is one, else they are found. Times are the best of ``rounds``. ``shapes``
-    are those of weights that patches will widen.
+    are those of weights that patches will widen. ``held``: on those of the whole denoiser, which the rank holds.
     """
 
     recipe: Recipe | None = None
@@ -120,6 +123,7 @@ class Trace(HostMessage):
     units: list[str] = []
     rounds: Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUNDS)] = 0
     shapes: dict[str, Shape] = {}
+    held: bool = False
 
 
 class Cut(msgspec.Struct, frozen=True):

@@ -29,7 +29,7 @@ FLOW = Flow([[], [0], [0, 1]], [2], [Output(["t", 0], [("float32", (2, 3))], [(1
 
 FROM_HOST = [
     protocol.Join(1, store_port=4),
-    protocol.Trace(2, RECIPE, PAYLOAD, ["a", "b"], 3, {"img_in.weight": (4, 8)}),
+    protocol.Trace(2, RECIPE, PAYLOAD, ["a", "b"], 3, {"img_in.weight": (4, 8)}, True),
     protocol.Load(3, RECIPE, protocol.Cut(["a", "b"], [(0, 0), (1, 1)]), [0, 1], PAYLOAD, "id"),
     protocol.Evaluate(4, PAYLOAD, 4096, 64, 9, 1, 2, FLOW, False, True, True),
     protocol.Echo(5, PAYLOAD, 1, 2), protocol.Unload(6), protocol.Stop(7),

@@ -54,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--model", default="", metavar="FILE",
         help="a file in ComfyUI's folders for checkpoints or diffusion models: one evaluation cut in two parts, "
-        "compared with ComfyUI alone",
+        "compared with ComfyUI alone; and what Leapfrog Adviser would say",
     )  # fmt: skip
     parser.add_argument("--devices", default="auto", help="as in the nodes: auto (default), 0,1 or cpu,cpu")
     parser.add_argument("--timeout", type=float, metavar="SECONDS", help="for all of it: 300, or 1200 with --model")

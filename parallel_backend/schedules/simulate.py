@@ -3,15 +3,21 @@
 What is modelled. A rank computes one component at a time. After a component its messages leave one after another, each
 taking the link's latency plus its bytes, while the rank already computes on. The host starts a step ``host`` seconds
 after the step before has its result; that is all of its own work. Samplers and everything around the denoiser take the
-same time on one device as on many, and are left out of both.
+same time on one device as on many, and are left out of both. Nothing is rejected: every prediction is good enough.
+
+``crowd`` is how many times as long a rank computes while others compute, too: more than 1 where they share memory or
+cores, as on a CPU.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from .parastep import row_shares
 
 Mode = Literal["exact", "asyncdiff", "lookahead"]
 
@@ -65,6 +71,7 @@ def run_seconds(
     host: float = 0.0,
     row_scale: float = 1.0,
     row_bytes: float = 1.0,
+    crowd: float = 1.0,
 ) -> float:
     """Seconds that ``steps`` evaluations take on one rank per component.
 
@@ -90,6 +97,7 @@ def run_seconds(
         row_scale * stem,
         {pair: link.seconds(row_bytes * nbytes) for pair, nbytes in traffic.items()},
         host,
+        crowd,
     )
     warmup = min(max(warmup, 1), steps)  # the first step has nothing to guess from
     if mode == "asyncdiff":
@@ -98,11 +106,55 @@ def run_seconds(
     return pipeline.waves(exact)
 
 
+def rounds_taken(steps: int, lanes: int, warmup: int = 0, grows: bool = False) -> list[int]:
+    """Evaluations of each round of ParaStep, in order, if nothing is rejected.
+
+    The first ``warmup`` evaluations, one at least, and the last one are rounds of their own. ``grows``: the automatic
+    warm-up, in which the second round is single as well and each has one lane more than the one before.
+    """
+    if steps < 1 or lanes < 1 or warmup < 0:
+        raise ValueError(f"{steps} steps, {lanes} lanes, {warmup} warm-up steps")
+    found: list[int] = []
+    begin, length = 0, 1 if grows else lanes
+    while begin < steps:
+        size = 1 if begin < max(1, warmup) else max(1, min(length, steps - 1 - begin))
+        if begin and size < lanes:
+            length = max(length, size + 1)
+        found.append(size)
+        begin += size
+    return found
+
+
+def rounds_seconds(
+    rounds: Sequence[int],
+    rows: int,
+    devices: int,
+    seconds: Callable[[int], float],
+    *,
+    host: float = 0.0,
+    crowd: float = 1.0,
+) -> float:
+    """Seconds that rounds of so many evaluations take, one after another.
+
+    An evaluation has so many ``rows``, one for each picture and conditioning. Those of a round are dealt to the
+    ``devices`` as ParaStep does, and the round ends with the device that has most. ``seconds(n)`` is how long a rank
+    takes for n of them as one batch while no other computes.
+    """
+    total = 0.0
+    for lanes, times in Counter(rounds).items():
+        (shares,) = row_shares([(lanes * rows, 1)], devices)
+        most = max(end - begin for begin, end in shares.values())
+        total += times * (host + seconds(most) * (crowd if len(shares) > 1 else 1.0))
+    return total
+
+
 class _Pipeline:
     """Clocks of ranks and links. ``send[from, to]`` is the time that a message takes."""
 
-    def __init__(self, components: list[float], stem: float, send: Mapping[tuple[int, int], float], host: float):
-        self.components, self.stem, self.send, self.host = components, stem, send, host
+    def __init__(
+        self, components: list[float], stem: float, send: Mapping[tuple[int, int], float], host: float, crowd: float
+    ):
+        self.components, self.stem, self.send, self.host, self.crowd = components, stem, send, host, crowd
         self.ranks = len(components)
 
     def waves(self, exact: Sequence[bool]) -> float:
@@ -117,11 +169,11 @@ class _Pipeline:
             known = step - 1 if alone else max(step - self.ranks, 0)
             begin = (results[known] if known >= 0 else 0.0) + self.host
             arrived = [begin] * self.ranks
-            end = 0.0
+            end, slower = 0.0, 1.0 if alone else self.crowd
             for rank in range(self.ranks):
                 # what every rank runs needs no hidden state
-                ready = max(begin, free[rank]) + self.stem
-                end = max(ready, arrived[rank]) + self.components[rank]
+                ready = max(begin, free[rank]) + slower * self.stem
+                end = max(ready, arrived[rank]) + slower * self.components[rank]
                 free[rank] = end
                 self._send(rank, end, wire, arrived)
             results.append(max(end, results[-1] if results else 0.0))
@@ -133,8 +185,8 @@ class _Pipeline:
         owner = [*range(self.ranks), *([self.ranks - 1] if extra else [])]
         wire, arrived = [now] * len(owner), [now] * len(owner)
         for step in range(warmup, steps, stride):
-            ready = now + self.host + self.stem
-            ends = [max(ready, arrived[rank]) + self.components[owned] for rank, owned in enumerate(owner)]
+            ready = now + self.host + self.crowd * self.stem
+            ends = [max(ready, arrived[rank]) + self.crowd * self.components[owned] for rank, owned in enumerate(owner)]
             for rank in range(self.ranks):
                 self._send(rank, ends[rank], wire, arrived, extra)
             now = max(ends) + (self.host if stride == 2 and step + 1 < steps else 0.0)

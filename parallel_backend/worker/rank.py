@@ -132,8 +132,11 @@ class Rank:
         from .models.trace import trace
 
         assert message.recipe and message.inputs
+        recipe, held = _own(message.recipe), self._held if message.held else None
+        if message.held and not (held and held.recipe == recipe and held.cut is None):
+            raise ValueError("this rank does not hold the whole denoiser")
         tree = self._tree(message.inputs)
-        return trace(_own(message.recipe), tree, self._device, message.units, message.rounds, message.shapes)
+        return trace(recipe, tree, self._device, message.units, message.rounds, message.shapes, held)
 
     def _load(self, message: Load) -> Loaded:
         from .models.denoiser import HeldDenoiser

@@ -20,7 +20,7 @@ WORKFLOWS = {
     "parastep_sampler": "LeapfrogParaStepSampler",
     "parastep_ksampler": "LeapfrogParaStepKSampler",
 }
-NAMES = {"Async UNet Split", "ParaStep Sampler", "ParaStep KSampler"}
+NAMES = {"Async UNet Split", "ParaStep Sampler", "ParaStep KSampler", "Leapfrog Adviser"}
 AS_KSAMPLER = {"sampler_name": "euler", "scheduler": "simple", "control_after_generate": "fixed", "seed": 7, "cfg": 3.0}
 CHANGED = {
     "async_unet_split": {"components": 2},

@@ -12,7 +12,7 @@ from PIL import Image
 from comfy_server import ComfyServer, PromptError
 from pack import ROOT
 
-NODES = ["LeapfrogAsyncUNetSplit", "LeapfrogParaStepSampler", "LeapfrogParaStepKSampler"]
+NODES = ["LeapfrogAsyncUNetSplit", "LeapfrogParaStepSampler", "LeapfrogParaStepKSampler", "LeapfrogAdviser"]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 GRAPHS = sorted((ROOT / "tests/graphs").glob("*.json"))
 FRONTEND_ONLY = {"MarkdownNote", "Note", "PrimitiveNode", "Reroute"}

@@ -78,6 +78,8 @@ def test_everything_works(tmp_path: Path):
     assert re.search(r"^  rank 0 to 1 +[\d,]+ MB/s, latency [\d,]+ us", text, re.MULTILINE)
     assert "ok, Async UNet Split, ParaStep Sampler, ParaStep KSampler" in text
     assert re.search(r"ok, Flux in 2 parts, relative difference \d\.\de[-+]\d+ to ComfyUI alone", text)
+    assert re.search(r"^  advice +CFG above 1: (one device|ParaStep|Async UNet Split)", text, re.MULTILINE)
+    assert "at a latent of 16x32x32" in text
 
 
 def test_no_comfyui_and_a_setting_that_means_nothing(tmp_path: Path):

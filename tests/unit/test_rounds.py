@@ -23,6 +23,7 @@ from leapfrog.nodes.scout import NoiseState, Outputs, Question, Scout
 from leapfrog.nodes.shared_noise import with_shared_noise
 from leapfrog.parallel_backend import Rounds
 from leapfrog.parallel_backend.schedules.parastep import Guard, Predictor
+from leapfrog.parallel_backend.schedules.simulate import rounds_taken
 
 STEPS = 12
 SEED = 5
@@ -142,6 +143,13 @@ def test_one_lane_is_the_sampler_bit_for_bit(name: str):
     expected = run(name, Formula())
     torch.manual_seed(1)
     assert torch.equal(Run(name, lanes=1).result, expected)
+
+
+@pytest.mark.parametrize("lanes", [2, 3, 5, 8])
+@pytest.mark.parametrize("warmup", [0, 2, 4])
+@pytest.mark.parametrize("bound", [math.inf, 1e9])
+def test_a_run_without_rejections_takes_the_rounds_that_are_simulated(lanes: int, warmup: int, bound: float):
+    assert Run("euler", lanes, bound, warmup=warmup).lengths == rounds_taken(STEPS, lanes, warmup, bound < math.inf)
 
 
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - STOCHASTIC - {"dpm_adaptive"}))

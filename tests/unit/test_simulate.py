@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from leapfrog.parallel_backend.schedules.asyncdiff import ideal_speedup
-from leapfrog.parallel_backend.schedules.simulate import Link, crossing, run_seconds
+from leapfrog.parallel_backend.schedules.parastep import ideal_speedup as parastep_ideal
+from leapfrog.parallel_backend.schedules.simulate import Link, crossing, rounds_seconds, rounds_taken, run_seconds
 
 FREE = Link()
 SECONDS = st.floats(0.01, 5)
@@ -142,3 +143,46 @@ def test_arguments_that_mean_nothing_are_refused(wrong: dict):
     run = {"mode": "asyncdiff", "steps": 5, "components": [1.0], "traffic": {}, "link": FREE}
     with pytest.raises(ValueError, match=r"steps|stride"):
         run_seconds(**{**run, **wrong})
+
+
+@given(st.integers(1, 60), st.integers(1, 8), st.integers(0, 9), st.booleans())
+def test_rounds_take_every_step_once_and_the_first_and_the_last_alone(steps: int, lanes: int, warmup: int, grows: bool):
+    rounds = rounds_taken(steps, lanes, warmup, grows)
+    assert sum(rounds) == steps
+    assert 1 <= min(rounds) <= max(rounds) <= lanes
+    assert rounds[0] == rounds[-1] == 1
+    assert all(size == 1 for size in rounds[: min(steps, warmup)])
+
+
+def test_an_automatic_warmup_grows_by_a_lane_a_round():
+    assert rounds_taken(20, 4, grows=True) == [1, 1, 2, 3, 4, 4, 4, 1]
+    assert rounds_taken(20, 4) == [1, 4, 4, 4, 4, 2, 1]
+    assert rounds_taken(9, 3, warmup=4) == [1, 1, 1, 1, 3, 1, 1]
+
+
+@given(st.integers(3, 60), st.integers(2, 8), st.integers(2, 9), st.integers(1, 8), st.integers(1, 2))
+def test_rounds_without_any_cost_reach_the_bound(steps: int, lanes: int, warmup: int, devices: int, conditionings: int):
+    rounds = rounds_taken(steps, lanes, warmup)
+    seconds = rounds_seconds(rounds, conditionings, devices, float)
+    bound = parastep_ideal(steps, lanes, warmup, devices, conditionings)
+    assert steps * conditionings / seconds >= bound - 1e-9  # the bound counts a last round as if it were full
+    if (steps - 1 - warmup) % lanes == 0 and steps > warmup + 1:
+        assert steps * conditionings / seconds == pytest.approx(bound)
+
+
+def test_a_round_ends_with_the_rank_that_has_most_rows():
+    def rows(count: int) -> float:
+        return {1: 3.0, 2: 4.0, 3: 5.0}[count]
+
+    assert rounds_seconds([1], 2, 2, rows, host=0.5) == pytest.approx(3.5)  # a conditioning each
+    assert rounds_seconds([2], 2, 3, rows, host=0.5) == pytest.approx(4.5)  # 1, 1 and 2 of four
+    assert rounds_seconds([1, 3], 1, 2, rows, crowd=2.0) == pytest.approx(3 + 2 * 4)  # one alone is not slowed down
+
+
+def test_ranks_that_compute_at_once_take_longer():
+    run = {"components": [1.0, 1.0], "traffic": {}, "link": FREE, "steps": 10, "crowd": 1.5}
+    assert run_seconds("exact", **run) == pytest.approx(20)
+    assert run_seconds("asyncdiff", **run, warmup=2) == pytest.approx(2 * 2 + 8 * 1.5)
+    assert run_seconds("lookahead", **run, warmup=2) == pytest.approx(
+        run_seconds("lookahead", **{**run, "crowd": 1.0}, warmup=2) + 0.5 * (7 + 1)
+    )

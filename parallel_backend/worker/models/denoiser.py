@@ -29,8 +29,8 @@ class HeldDenoiser:
         self._options: dict[str, Any] = {}
         self._device = device
         self._links = links
-        self._patcher = build(recipe, self._take_component)
-        self.denoiser: torch.nn.Module = self._patcher.model.diffusion_model
+        self.patcher = build(recipe, self._take_component)
+        self.denoiser: torch.nn.Module = self.patcher.model.diffusion_model
 
     def _take_component(self, denoiser: torch.nn.Module) -> list[str]:
         if not self.cut:
@@ -55,7 +55,7 @@ class HeldDenoiser:
     def patch(self, patches_id: str, tree: dict[str, Any]) -> None:
         """Bake the weight patches in; weights go to the device."""
         if patches_id != self.patches_id:
-            place_weights(self._patcher, decode_patches(to_device(tree, torch.device("cpu"), None)), self._device)
+            place_weights(self.patcher, decode_patches(to_device(tree, torch.device("cpu"), None)), self._device)
             self.patches_id = patches_id
 
     @property
@@ -69,6 +69,6 @@ class HeldDenoiser:
 
     def inputs(self, tree: tuple[Any, Any]) -> tuple[Any, Any]:
         """The forward's (args, kwargs) on this device."""
-        args, kwargs = forward_inputs(tree, self._device, self._patcher.model.get_dtype_inference())
+        args, kwargs = forward_inputs(tree, self._device, self.patcher.model.get_dtype_inference())
         self._options = kwargs["transformer_options"]
         return args, kwargs

@@ -1,6 +1,7 @@
 """Watching a denoiser run: in which order its units compute, what each reads and returns, and how long it takes.
 
-Weights are neither read nor resident meanwhile: on a CPU they are untouched memory, on a GPU one unit at a time.
+Weights are neither read nor resident meanwhile: on a CPU they are untouched memory, on a GPU one unit at a time. But
+where the rank holds the whole denoiser that one can be watched, with times that include what weights cost.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ...protocol import Recipe, Traced, UnitTrace
 from ...tensors import DTYPES, flatten
 from ...units import Flow, Output, find_units
+from .denoiser import HeldDenoiser
 from .inputs import forward_inputs
 from .loader import build, weight_bytes
 
@@ -28,43 +30,34 @@ DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.ite
 @torch.no_grad()
 def trace(
     recipe: Recipe, tree: tuple[Any, Any], device: torch.device, units: Sequence[str], rounds: int,
-    shapes: Mapping[str, Sequence[int]],
+    shapes: Mapping[str, Sequence[int]], held: HeldDenoiser | None = None,
 ) -> Traced:  # fmt: skip
     """The flow of the recipe's denoiser for these inputs, and unit times, the best of ``rounds``.
 
     ``units`` are the units that a cut was made of; where empty they are found, and those that do not run are left out.
     In the order in which they run; those that run several times are always left out. ``shapes`` are those of weights
-    that patches will widen.
+    that patches will widen. ``held`` is the whole denoiser, to be watched in place of an empty one.
     """
-    patcher = build(recipe, _nothing_absent, read_weights=False)
+    patcher = held.patcher if held else _empty(recipe)
     denoiser: torch.nn.Module = patcher.model.diffusion_model
-    if any(hasattr(module, "in_features") and not hasattr(module, "weight") for module in denoiser.modules()):
-        # a quantised layer has no weights before they are read; they stay in the file, mapped into memory
-        patcher = build(recipe, _nothing_absent)
-        denoiser = patcher.model.diffusion_model
     names = list(units) or find_units(denoiser)
-    for name, parameter in denoiser.named_parameters():
-        if wider := shapes.get(f"diffusion_model.{name}"):
-            parameter.data = parameter.data.new_empty(wider)
-        if parameter.numel() <= SMALL:
-            parameter.data.zero_()  # recycled memory may hold numbers that are slow to compute with; large one is fresh
-    if device.type != "cpu":
-        _keep_small_parts_on(denoiser, names, device)
+    if not held:
+        _make_light(denoiser, names, device, shapes)
 
     def run(watch: Watch) -> Any:
         args, kwargs = forward_inputs(tree, device, patcher.model.get_dtype_inference())
         with watch:
             return denoiser(*args, **kwargs)
 
-    first = Watch(denoiser, names, device, marking=True)
+    first = Watch(denoiser, names, device, marking=True, moving=not held)
     result = run(first)
     able = [name for name, calls in zip(names, first.calls, strict=True) if calls == 1 or (units and calls == 0)]
     if able != names:
         names = able
-        first = Watch(denoiser, names, device, marking=True)
+        first = Watch(denoiser, names, device, marking=True, moving=not held)
         result = run(first)
     order = list(range(len(names))) if units else first.order
-    timed = [Watch(denoiser, names, device, marking=False) for _ in range(rounds)]
+    timed = [Watch(denoiser, names, device, marking=False, moving=not held) for _ in range(rounds)]
     for watch in timed:
         run(watch)
     place = {unit: at for at, unit in enumerate(order)}
@@ -91,6 +84,29 @@ def trace(
     )
 
 
+def _empty(recipe: Recipe) -> Any:
+    """The recipe's model without weights."""
+    patcher = build(recipe, _nothing_absent, read_weights=False)
+    modules = patcher.model.diffusion_model.modules()
+    if any(hasattr(module, "in_features") and not hasattr(module, "weight") for module in modules):
+        # a quantised layer has no weights before they are read; they stay in the file, mapped into memory
+        return build(recipe, _nothing_absent)
+    return patcher
+
+
+def _make_light(
+    denoiser: torch.nn.Module, names: Sequence[str], device: torch.device, shapes: Mapping[str, Sequence[int]]
+) -> None:
+    """Weights of the shapes that patches will give them, quick to compute with; small parts on the device."""
+    for name, parameter in denoiser.named_parameters():
+        if wider := shapes.get(f"diffusion_model.{name}"):
+            parameter.data = parameter.data.new_empty(wider)
+        if parameter.numel() <= SMALL:
+            parameter.data.zero_()  # recycled memory may hold numbers that are slow to compute with; large one is fresh
+    if device.type != "cpu":
+        _keep_small_parts_on(denoiser, names, device)
+
+
 def _nothing_absent(_denoiser: torch.nn.Module) -> list[str]:
     return []
 
@@ -108,9 +124,14 @@ def _stored(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 class Watch(TorchFunctionMode):
-    """Watches one forward. With ``marking``, a tensor made outside the units carries the units that it came from."""
+    """Watches one forward. With ``marking``, a tensor made outside the units carries the units that it came from.
 
-    def __init__(self, denoiser: torch.nn.Module, names: Sequence[str], device: torch.device, marking: bool):
+    ``moving``: units come to a GPU for their turn only.
+    """
+
+    def __init__(
+        self, denoiser: torch.nn.Module, names: Sequence[str], device: torch.device, marking: bool, moving: bool = True
+    ):
         super().__init__()
         self.calls = [0] * len(names)
         self.order: list[int] = []
@@ -122,6 +143,7 @@ class Watch(TorchFunctionMode):
         self._names = names
         self._device = device
         self._marking = marking
+        self._moving = moving and device.type != "cpu"
         self._inside = False
         self._since = 0.0
         self._begin = 0.0
@@ -158,7 +180,7 @@ class Watch(TorchFunctionMode):
             if self._marking:
                 self.reads[index] |= marks_of((args, kwargs)) - {index}
                 self._inside = True
-            if self._device.type != "cpu":
+            if self._moving:
                 module.to(self._device)
             self._begin = self._now()
 
@@ -172,7 +194,7 @@ class Watch(TorchFunctionMode):
                 self.outputs[index] = describe(output, self._names[index])
                 for tensor in tensors_of(output):
                     setattr(tensor, MARK, frozenset((index,)))
-            if self._device.type != "cpu":
+            if self._moving:
                 module.to("cpu")
             self._since = self._now()
 
