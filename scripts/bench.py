@@ -28,6 +28,7 @@ from pack import ROOT, add_comfyui, load_pack
 
 CFG = 7.0
 ALONE, ALONE_UNGUIDED = "ComfyUI alone", "ComfyUI alone, CFG 1"
+RANKS = 2
 TITLES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1"}
 SECONDS_SOLO = 12.0
 # All processes alike: glibc keeps what is freed. By default it gives large blocks back to the system, and the page
@@ -35,7 +36,7 @@ SECONDS_SOLO = 12.0
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
-def devices(ranks: int) -> tuple[str, ...]:
+def devices(ranks: int = RANKS) -> tuple[str, ...]:
     """The ranks' devices: GPUs where there are so many, else the CPU."""
     import torch
 
@@ -210,7 +211,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=16, help="side of the latent")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=RANKS)
     parser.add_argument("--model", choices=TITLES, default="sd15")
     parser.add_argument(
         "--only", default="", help="only rows whose names contain this, and what they are compared with"
