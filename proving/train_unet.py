@@ -64,7 +64,7 @@ def evening(hidden: Tensor) -> Tensor:
 
 def main() -> None:
     """Trains for so many minutes, going on from the checkpoint in --work where there is one."""
-    command = command_line(__doc__, WEIGHTS / "shapes_unet.safetensors", minutes=45, batch=32, rate=0.015)
+    command = command_line(__doc__, WEIGHTS / "shapes_unet.safetensors", minutes=45, batch=24, rate=0.015)
     command.add_argument("--vae", type=Path, default=WEIGHTS / "shapes_vae.safetensors")
     command.add_argument("--each", type=int, default=40, help="encoded drawings per shape, colour and size")
     args = command.parse_args()

@@ -26,8 +26,8 @@ HEADS = {"num_heads": -1, "num_head_channels": 32}
 def register() -> None:
     """Adds the class to the ones that ComfyUI's loaders know; again, it does nothing.
 
-    A real U-Net of ComfyUI, with skips and cross attention, is what splitting has to be measured on, and the smallest
-    that ComfyUI recognises has a billion weights. Its loaders, its samplers and its U-Net itself stay as they are.
+    Splitting has to be measured on a U-Net that denoises, with skips and cross attention, and those that ComfyUI
+    recognises are 320 channels wide: too much to train on a CPU. Its loaders, samplers and U-Net stay as they are.
     """
     import comfy.latent_formats
     import comfy.model_base
