@@ -1,10 +1,11 @@
-"""Says what a picture shows, and scores the proving model with it.
+"""Says what a picture shows, and scores a proving model with it.
 
 The judge is a small convolutional network trained on drawings: clean, noisy, blurred and through the autoencoder.
 Pictures of no shape, of two, and of half-melted ones are taught as "unclear", which is never right.
 
 Usage: python proving/judge.py --train                   trains it (minutes), writes weights/judge.safetensors
        python proving/judge.py --clip CLIP.safetensors   samples held-out captions through ComfyUI and scores them
+                               [--model MODEL.safetensors] [--scheduler NAME]   with this model, instead of the Flux
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 from comfy_setup import WEIGHTS, parser, prepare
 from shapes import ALL, HELD_OUT, PICTURE, SHAPES, SIZES, TRAINED, VOCABULARY, Attributes, distance, draw
+from unet_config import register
 
 UNCLEAR = "unclear"
 CLEAN = 0.86  # outline() of a drawing is 0.91 or more, and 0.84 or less for the outline of another shape
@@ -193,6 +195,7 @@ def sample(args: Namespace, captions: Sequence[str], seeds: Sequence[int]) -> Te
     import comfy.sd
     import comfy.utils
 
+    register()
     model = comfy.sd.load_diffusion_model(str(args.model))
     clip = comfy.sd.load_clip([str(args.clip)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(args.vae)))

@@ -51,9 +51,10 @@ def known_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     """ComfyUI knows the folders in which tests have their models."""
     import folder_paths
 
+    from comfy_setup import WEIGHTS
     from seeded import FOLDER
 
-    for folder in (FOLDER, tmp_path_factory.getbasetemp()):
+    for folder in (FOLDER, WEIGHTS, tmp_path_factory.getbasetemp()):
         folder_paths.add_model_folder_path("diffusion_models", str(folder))
 
 

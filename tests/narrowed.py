@@ -10,10 +10,7 @@ Ranks get the same from `tests/rank_site`, a folder with a sitecustomize.py, on 
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.util
 import json
-import sys
 from types import ModuleType
 from typing import Any
 
@@ -44,22 +41,3 @@ def narrow(detection: ModuleType) -> None:
     detection.detect_unet_config = detect_unet_config  # pyright: ignore[reportAttributeAccessIssue]
     detection.model_config_from_unet_config = model_config_from_unet_config  # pyright: ignore
     setattr(detection, KEY, True)
-
-
-class NarrowOnImport(importlib.abc.MetaPathFinder):
-    """Adds it when comfy.model_detection is imported, for processes whose first import is not ours."""
-
-    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != TARGET:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                narrow(module)
-
-            spec.loader.exec_module = exec_module
-        return spec

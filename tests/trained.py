@@ -1,4 +1,4 @@
-"""The proving model in this process: a small trained Flux that draws what a caption says."""
+"""The proving models in this process: a small trained Flux and a small trained U-Net that draw what a caption says."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import comfy.sd
 import comfy.utils
 import torch
 
+from comfy_setup import WEIGHTS
 from generation import Conditioning, noise
 from pack import BASE
+from unet_config import register
 
 CAPTIONS = ("a large red circle on the left", "a small blue square at the top")
 MODELS = BASE / "models"
@@ -20,16 +22,23 @@ MODELS = BASE / "models"
 
 @cache
 def load() -> Any:
-    """The MODEL from ComfyUI's own loader."""
+    """The Flux, a MODEL from ComfyUI's own loader."""
     return comfy.sd.load_diffusion_model(str(MODELS / "diffusion_models" / "shapes_flux.safetensors"))
 
 
 @cache
-def prompts() -> tuple[Conditioning, Conditioning]:
-    """(positive, negative): both captions as a batch, and the empty prompt."""
+def load_unet() -> Any:
+    """The U-Net, a MODEL from ComfyUI's own loader, told of its class. Its schedule is "normal"."""
+    register()
+    return comfy.sd.load_diffusion_model(str(WEIGHTS / "shapes_unet.safetensors"))
+
+
+@cache
+def prompts(captions: tuple[str, ...] = CAPTIONS) -> tuple[Conditioning, Conditioning]:
+    """(positive, negative): the captions as a batch, and the empty prompt."""
     path = str(MODELS / "text_encoders" / "shapes_clip.safetensors")
     clip = comfy.sd.load_clip([path], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
-    parts = [clip.encode_from_tokens_scheduled(clip.tokenize(caption))[0] for caption in CAPTIONS]
+    parts = [clip.encode_from_tokens_scheduled(clip.tokenize(caption))[0] for caption in captions]
     pooled = torch.cat([part[1]["pooled_output"] for part in parts])
     return [[torch.cat([part[0] for part in parts]), {"pooled_output": pooled}]], clip.encode_from_tokens_scheduled(
         clip.tokenize("")
@@ -41,18 +50,31 @@ def _vae() -> Any:
     return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / "vae" / "shapes_vae.safetensors")))
 
 
-def pictures(model: Any, steps: int, sampler: Any = "euler", cfg: float = 3.0) -> torch.Tensor:
-    """Both captions' pictures ``[2, height, width, 3]`` in 0 to 1. ``sampler`` is a name or a SAMPLER."""
+def latents(
+    model: Any, steps: int, sampler: Any = "euler", cfg: float = 3.0, captions: tuple[str, ...] = CAPTIONS,
+    scheduler: str = "simple",
+) -> torch.Tensor:  # fmt: skip
+    """The captions' final latents ``[N, 16, 16, 16]``. ``sampler`` is a name or a SAMPLER."""
     if isinstance(sampler, str):
         sampler = comfy.samplers.sampler_object(sampler)
-    start = noise((len(CAPTIONS), 16, 16, 16), 7)
-    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", steps)
+    start = noise((len(captions), 16, 16, 16), 7)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
     with torch.inference_mode():
-        latent = comfy.sample.sample_custom(
-            model, start, cfg, sampler, sigmas, *prompts(), torch.zeros_like(start),
+        return comfy.sample.sample_custom(
+            model, start, cfg, sampler, sigmas, *prompts(captions), torch.zeros_like(start),
             disable_pbar=True, seed=7,
         )  # fmt: skip
+
+
+def decode(latent: torch.Tensor) -> torch.Tensor:
+    """Pictures ``[N, height, width, 3]`` in 0 to 1."""
+    with torch.inference_mode():
         return _vae().decode(latent).clamp(0, 1)
+
+
+def pictures(model: Any, steps: int, sampler: Any = "euler", cfg: float = 3.0) -> torch.Tensor:
+    """Both captions' pictures ``[2, height, width, 3]`` in 0 to 1. ``sampler`` is a name or a SAMPLER."""
+    return decode(latents(model, steps, sampler, cfg))
 
 
 def psnr(ours: torch.Tensor, theirs: torch.Tensor) -> float:
