@@ -18,8 +18,8 @@ from comfy_setup import HERE, WEIGHTS
 class Ground:
     """One model. ``latent`` is the shape of one sample's latent, ``asked`` are captions that training never saw.
 
-    ``show(latents)`` gives pictures ``[N, height, width, channels]`` in 0..1 (a clip's frames one below the other, of a
-    sound its levels in time) to compare; ``judge(latents)`` says for each what it is, equal to what was asked or not.
+    ``show(latents)`` gives pictures ``[N, height, width, channels]`` in 0..1 (a clip's frames one below the other) to
+    compare; ``judge(latents)`` says for each what it is, equal to what was asked or not.
     """
 
     title: str
@@ -43,6 +43,7 @@ def flux() -> Ground:
 def unet() -> Ground:
     """The U-Net; ranks learn of its class from proving/rank_site."""
     import comfy.sd
+
     from unet_config import register
 
     register()
@@ -55,6 +56,7 @@ def unet() -> Ground:
 def wan() -> Ground:
     """The video transformer."""
     import comfy.sd
+
     from judge_moving import decode, judge
     from moving import FRAMES, HELD_OUT, SIDE
 
@@ -63,20 +65,6 @@ def wan() -> Ground:
     return Ground(
         "Wan, moving shapes", model, (16, FRAMES, SIDE // 8, SIDE // 8), 3.5, "simple", HELD_OUT,
         lambda latents: decode(vae, latents).flatten(1, 2), lambda latents: judge(decode(vae, latents)),
-    )  # fmt: skip
-
-
-def audio() -> Ground:
-    """The audio transformer."""
-    import comfy.sd
-    from judge_sounds import judge
-    from sounds import BANDS, FRAMES, HELD_OUT, levels, waveforms
-
-    path = str(WEIGHTS / "sounds_stable_audio.safetensors")
-    model = comfy.sd.load_checkpoint_guess_config(path, output_vae=False, output_clip=False)[0]
-    return Ground(
-        "Stable Audio, drawn sounds", model, (BANDS, FRAMES), 4.0, "karras", HELD_OUT,
-        lambda latents: levels(latents)[..., None], lambda latents: judge(waveforms(latents)),
     )  # fmt: skip
 
 
@@ -99,7 +87,7 @@ def _vae() -> Any:
     return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(WEIGHTS / "shapes_vae.safetensors")))
 
 
-GROUNDS: dict[str, Callable[[], Ground]] = {"flux": flux, "unet": unet, "wan": wan, "audio": audio}
+GROUNDS: dict[str, Callable[[], Ground]] = {"flux": flux, "unet": unet, "wan": wan}
 
 
 def prompts(ground: Ground, clip_file: Path, samples: int) -> tuple[list[Any], list[Any], Any]:

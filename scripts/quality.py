@@ -240,22 +240,22 @@ def measure(name: str, options: argparse.Namespace) -> None:
         bench = Bench(name, options.samples, options.sampler, options.calibrate, Path(folder))
         splits = [degree for degree in options.degrees if degree <= units_of(bench.ground.model)]
         found = []
-        for steps in options.steps:
-            for row in rows(bench, steps, options.degrees, splits):
-                print(name, row.text(), flush=True)
-                found.append(row)
         about = (
             f"{options.samples} samples, {options.sampler}, CFG {bench.ground.cfg:g}, scheduler "
             f"{bench.ground.scheduler}; converged: {CONVERGED[1]} steps of {CONVERGED[0]}"
         )
+        for steps in options.steps:
+            for row in rows(bench, steps, options.degrees, splits):
+                print(name, row.text(), flush=True)
+                found.append(row)
+            write(options.out, f"{name}-{options.sampler}", bench.ground.title, about, options.command, found)
         for known in Path(folder).glob("leapfrog/calibration.json"):
             print("sensitivities:", known.read_text())
-        write(options.out, f"{name}-{options.sampler}", bench.ground.title, about, options.command, found)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=lambda text: text.split(","), default=["flux", "unet", "wan", "audio"])
+    parser.add_argument("--models", type=lambda text: text.split(","), default=["flux", "unet", "wan"])
     parser.add_argument("--steps", type=numbers, default=[20, 50, 8], help="such as 20,50")
     parser.add_argument("--degrees", type=numbers, default=[2, 4, 8], help="components and lanes")
     parser.add_argument("--samples", type=int, default=64)
