@@ -26,8 +26,8 @@ lint: setup
 bench: setup  ## speed on a denoiser heavy enough to tell
 	@$(BIN)/python scripts/bench.py
 
-quality: setup  ## how close both blocks come to ComfyUI alone, on the trained models: docs/quality/
-	@$(BIN)/python scripts/quality.py --samples 8
+quality: setup  ## how close both blocks come to ComfyUI alone, on the trained models, in short: docs/quality/
+	@$(BIN)/python scripts/quality.py --samples 4
 
 families: setup  ## every architecture, U-Nets at full size: docs/families.md
 	LEAPFROG_WRITE_DOCS=1 LEAPFROG_FULL_SIZE=1 $(BIN)/pytest tests/multirank/test_families.py tests/full_size

@@ -1,7 +1,7 @@
 """Drawn clips of one moving shape and their captions: the data of the video model.
 
 A clip is one shape that moves steadily over a plain light background. Its caption names three attributes, for example
-"a red circle moving to the right". Every eighth caption is held out: no training script ever sees it.
+"a red circle moving right". Every eighth caption is held out: no training script ever sees it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from shapes import BACKGROUNDS, COLOUR_JITTER, COLOURS, RADIUS_JITTER, SHAPES, paint
 
 DIRECTIONS = {
-    "to the left": (-1, 0),
-    "to the right": (1, 0),
+    "left": (-1, 0),
+    "right": (1, 0),
     "up": (0, -1),
     "down": (0, 1),
 }  # right and down
