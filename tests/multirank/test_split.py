@@ -72,13 +72,13 @@ def test_more_warm_up_is_closer():
 
 def test_a_second_prompt_reuses_ranks_and_weights(family: str, caplog: pytest.LogCaptureFixture):
     caplog.set_level(logging.INFO, "leapfrog")
-    by_hand = {"cut": "2"}  # measured, another size may move it on a busy machine
-    model = split(load(family), **by_hand)
+    # cut by hand: measured times of another size may move the cut on a busy machine
+    model = split(load(family), cut="2")
     generate(model, Request(family))
     pids, (_, loaded) = the_pool().pids, the_pool().memory["loaded"]
     caplog.clear()
     generate(model, Request(family, prompt=2))
-    generate(split(load(family), warmup=1, **by_hand), Request(family, batch=2))  # the node run again, as after an edit
+    generate(split(load(family), warmup=1, cut="2"), Request(family, batch=2))  # the node run again, as after an edit
     assert the_pool().pids == pids
     assert the_pool().memory["loaded"][1] is loaded
     assert "weights in place" not in caplog.text
