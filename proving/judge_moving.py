@@ -1,27 +1,22 @@
-"""Says what a clip shows, and scores the video model with it.
+"""Says what a clip of a moving shape shows.
 
 Nothing in this judge is learned. What differs from the background is the shape: its middle over time is the direction,
 its mean colour the colour, and the outline that overlaps it best in all frames the shape. A clip in which one of them
 is not plain (no shape, two, a ragged one, a jump) is "unclear" in it, which is never right.
 
-Usage: python proving/judge_moving.py                          tests the judge on drawn and on spoiled clips
-       python proving/judge_moving.py --clip CLIP.safetensors  samples held-out captions through ComfyUI, scores them
+Usage: python proving/judge_moving.py    tests the judge on drawn and on spoiled clips
 """
 
 from __future__ import annotations
 
-import time
-from argparse import Namespace
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comfy_setup import WEIGHTS, parser, prepare
-from moving import ALL, DIRECTIONS, FRAMES, HELD_OUT, RADIUS, SIDE, STEP, TRAINED, Attributes, clips
+from comfy_setup import parser, prepare
+from moving import ALL, DIRECTIONS, RADIUS, SIDE, STEP, Attributes, clips
 from shapes import COLOURS, SHAPES, distance
 
 UNCLEAR = "unclear"
@@ -100,11 +95,11 @@ def spoiled(seed: int) -> tuple[list[str], Tensor]:
     return [kind for kind in kinds for _ in drawn], torch.cat(list(kinds.values()))
 
 
-def check(args: Namespace) -> None:
+def check(vae: Any) -> None:
     """Prints how often the judge is right on drawn clips, bare and through the autoencoder, and on spoiled ones."""
     wanted = [a for a in ALL for _ in range(2)]
     drawn = clips(wanted, 500)
-    for name, shown in (("drawn", drawn), ("through the autoencoder", through(args, drawn))):
+    for name, shown in (("drawn", drawn), ("through the autoencoder", through(vae, drawn))):
         seen = judge(shown)
         right = sum(a == b for a, b in zip(wanted, seen, strict=True))
         print(f"{name}: {right} of {len(wanted)} = {right / len(wanted):.3f}")
@@ -116,110 +111,19 @@ def check(args: Namespace) -> None:
 
 
 @torch.inference_mode()
-def through(args: Namespace, shown: Tensor) -> Tensor:
+def through(vae: Any, shown: Tensor) -> Tensor:
     """The clips, each frame encoded and decoded."""
-    vae = load_vae(args.vae)
     return vae.decode(vae.encode(shown.flatten(0, 1))).clamp(0, 1).unflatten(0, shown.shape[:2])
 
 
-def load_vae(path: Path) -> Any:
-    """The image autoencoder from ComfyUI's own loader."""
-    import comfy.sd
-    import comfy.utils
-
-    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)))
-
-
-def load_clip(path: Path) -> Any:
-    """The text encoder from ComfyUI's own loader."""
-    import comfy.sd
-
-    return comfy.sd.load_clip([str(path)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
-
-
-@torch.inference_mode()
-def latents(
-    model: Any, clip: Any, captions: Sequence[str], seeds: Sequence[int],
-    steps: int = 20, cfg: float = 3.5, sampler: str = "euler", scheduler: str = "simple",
-) -> Tensor:  # fmt: skip
-    """Latents [captions x seeds, 16, 6, 8, 8] through ComfyUI's own sampling code; all seeds of a caption at once."""
-    import comfy.sample
-
-    negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    empty = torch.zeros(1, 16, FRAMES, SIDE // 8, SIDE // 8)
-    noise = torch.cat([comfy.sample.prepare_noise(empty, seed) for seed in seeds])
-    out = []
-    for caption in captions:
-        positive = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
-        out.append(
-            comfy.sample.sample(
-                model, noise, steps, cfg, sampler, scheduler, positive, negative, torch.zeros_like(noise),
-                disable_pbar=True, seed=seeds[0],
-            )
-        )  # fmt: skip
-    return torch.cat(out)
-
-
-@torch.inference_mode()
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    """Clips [N, T, height, width, 3] in 0..1 of latents [N, 16, T, h, w]: the image autoencoder decodes each frame."""
-    return vae.decode(latents.movedim(2, 1).flatten(0, 1)).clamp(0, 1).unflatten(0, (len(latents), -1))
-
-
-def sheet(shown: Tensor, path: Path) -> None:
-    """Writes the clips [N, T, 64, 64, 3] to a PNG, two clips to a row."""
-    from PIL import Image
-
-    grid = F.pad(shown, (0, 0, 1, 1, 1, 1)).movedim(1, 2).flatten(2, 3)  # [N, height, T x width, 3]
-    grid = F.pad(grid, (0, 0, 0, 0, 0, 0, 0, len(grid) % 2))
-    grid = grid.unflatten(0, (-1, 2)).movedim(1, 2).flatten(2, 3).flatten(0, 1)
-    Image.fromarray((grid * 255).round().byte().numpy()).save(path)
-
-
-def score(args: Namespace) -> None:
-    """Samples, judges, prints the score and writes a contact sheet."""
-    import comfy.sd
-
-    wanted = TRAINED[::7] if args.trained else HELD_OUT
-    seeds = list(range(args.seed, args.seed + args.each))
-    model, clip = comfy.sd.load_diffusion_model(str(args.model)), load_clip(args.clip)
-    start = time.monotonic()
-    made = latents(
-        model, clip, [a.caption for a in wanted], seeds, args.steps, args.cfg, args.sampler, args.scheduler
-    )  # fmt: skip
-    seconds = time.monotonic() - start
-    shown = decode(load_vae(args.vae), made)
-    seen, asked = judge(shown), [a for a in wanted for _ in seeds]
-    for i, name in enumerate(Attributes._fields):
-        print(f"{name}: {sum(a[i] == b[i] for a, b in zip(asked, seen, strict=True)) / len(asked):.3f}")
-    for a, b in zip(asked, seen, strict=True):
-        if a != b:
-            print(f"  asked {a.caption!r}, saw {b.caption!r}")
-    right = sum(a == b for a, b in zip(asked, seen, strict=True))
-    print(f"all three right: {right} of {len(asked)} = {right / len(asked):.3f}, {seconds:.0f} s")
-    sheet(shown, args.sheet)
-
-
 def main() -> None:
-    """Tests the judge or scores the model."""
+    """Tests the judge."""
     command = parser(__doc__)
-    command.add_argument("--vae", type=Path, default=WEIGHTS / "shapes_vae.safetensors")
-    command.add_argument("--model", type=Path, default=WEIGHTS / "moving_wan.safetensors")
-    command.add_argument("--clip", type=Path, help="file that text_encoder.py wrote")
-    command.add_argument("--each", type=int, default=4, help="seeds for each of the 12 captions")
-    command.add_argument("--seed", type=int, default=100, help="first seed")
-    command.add_argument("--steps", type=int, default=20)
-    command.add_argument("--cfg", type=float, default=3.5)
-    command.add_argument("--sampler", default="euler")
-    command.add_argument("--scheduler", default="simple")
-    command.add_argument("--trained", action="store_true", help="captions of the training set instead of held-out ones")
-    command.add_argument("--sheet", type=Path, default=Path("sheet.png"), help="contact sheet to write")
     args = command.parse_args()
     prepare(args.comfyui, args.threads)
-    if args.clip is None:
-        check(args)
-    else:
-        score(args)
+    from grounds import load_vae
+
+    check(load_vae())
 
 
 if __name__ == "__main__":

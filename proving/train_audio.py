@@ -3,7 +3,9 @@
 Everything that the model sees is what ComfyUI's nodes give it: the input scaled by 1 / sqrt(sigma^2 + 1), atan(sigma)
 in quarter turns as the timestep, the 77 hidden states of the text encoder followed by a token each for the start (0 s)
 and the length (2 s) that ComfyUI states for 64 frames, both of them as the global state too, the empty prompt for
-classifier-free guidance. The two embedders of seconds are random and stay so.
+classifier-free guidance. The two embedders of seconds are random and stay so. The
+training sees the hidden states through a linear map that evens their main directions out, and the file has this map
+multiplied into the layer that reads them.
 Usage: python proving/train_audio.py --clip CLIP.safetensors --work WORK [--comfyui DIR] [--minutes 45]
 """
 
@@ -18,23 +20,23 @@ from torch import Tensor, nn
 
 from comfy_setup import WEIGHTS, prepare
 from sounds import ALL, FRAMES, TRAINED, draw
-from training import command_line, dropped, read_prompts, save, train
+from training import MAIN, command_line, dropped, evening, read_prompts, save, train
 
 CONFIG: dict[str, Any] = {
     "io_channels": 64, "embed_dim": 128, "num_heads": 2, "depth": 6, "cond_token_dim": 768,
     "project_cond_tokens": True, "global_cond_dim": 1536, "attn_kwargs": {"qk_norm": "rms"}, "norm_type": "rms_norm",
 }  # fmt: skip
 START, TOTAL = 0, int(FRAMES / 21.53)  # seconds; ComfyUI's defaults for a latent of this length
-COMMON = 16  # directions that all prompts share, hidden from the first layer that reads them
+READER = "to_cond_embed.0.weight"  # of the hidden states
 
 
-def build() -> nn.Module:
+def build(**changed: Any) -> nn.Module:
     """ComfyUI's denoiser with initial weights: Xavier, and zero for everything that ends a branch."""
     import comfy.ops
     from comfy.ldm.audio.dit import AudioDiffusionTransformer
 
     model = AudioDiffusionTransformer(
-        dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init, **CONFIG
+        dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init, **CONFIG | changed
     )
     for name, weight in model.named_parameters():
         if name.endswith("gamma"):
@@ -68,25 +70,21 @@ def main() -> None:
     command = command_line(__doc__, WEIGHTS / "sounds_stable_audio.safetensors", minutes=45, batch=32, rate=0.02)
     args = command.parse_args()
     prepare(args.comfyui, args.threads)
-    args.work.mkdir(parents=True, exist_ok=True)
     hidden, _ = read_prompts(args.clip, [a.caption for a in ALL], args.work / "prompts.pt")
     rows = torch.tensor([ALL.index(a) for a in TRAINED])
+    to_even = evening(hidden[rows])
+    context = hidden @ to_even.T
 
     torch.manual_seed(0)
-    model, embedders = build(), seconds_embedders()
+    model, embedders = build(cond_token_dim=MAIN), seconds_embedders()
     with torch.no_grad():
         seconds = torch.cat([embedders[f"seconds_{k}"]([v])[0] for k, v in (("start", START), ("total", TOTAL))], 1)
-        _, _, common = torch.linalg.svd(hidden[rows].mean(0), full_matrices=False)
-        hide = torch.eye(768) - common[:COMMON].T @ common[:COMMON]
-        first = model.to_cond_embed[0]
-        nn.init.normal_(first.weight)
-        first.weight.copy_(first.weight @ hide)  # start from prompts that differ
-        first.weight.div_((hidden[rows] @ first.weight.T).std())
+        numbers = seconds @ to_even.T
 
     def loss_of(rng: torch.Generator, _part: float) -> Tensor:
         pick = torch.randint(len(TRAINED), (args.batch,), generator=rng)
         clean = torch.stack([draw(TRAINED[i], rng) for i in pick.tolist()])
-        prompt = torch.cat([hidden[dropped(rows[pick], len(ALL), rng)], seconds.expand(args.batch, -1, -1)], 1)
+        prompt = torch.cat([context[dropped(rows[pick], len(ALL), rng)], numbers.expand(args.batch, -1, -1)], 1)
         sigma = torch.exp(0.7 + 1.6 * torch.randn(args.batch, generator=rng)).clamp(0.03, 500)
         noise = torch.randn(clean.shape, generator=rng)
         level, part = sigma[:, None, None], (sigma[:, None, None].square() + 1).rsqrt()
@@ -96,6 +94,7 @@ def main() -> None:
         return F.mse_loss(got, (noise - level * clean) * part)
 
     def keep(average: dict[str, Tensor]) -> None:
+        average = average | {READER: average[READER] @ to_even}
         state = {f"model.model.{k}": v for k, v in average.items()}
         for name, embedder in embedders.items():
             state |= {f"conditioner.conditioners.{name}.{k}": v for k, v in embedder.state_dict().items()}

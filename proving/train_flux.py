@@ -12,7 +12,6 @@ Usage: python proving/train_flux.py --clip CLIP.safetensors [--comfyui DIR] [--m
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from comfy_setup import WEIGHTS, prepare
 from latents import SIDE, read_latents
 from shapes import ALL, TRAINED
-from training import command_line, dropped, read_prompts, save, train
+from training import command_line, drawings_options, drawn, read_prompts, save, train
 
 CONFIG: dict[str, Any] = {
     "in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 768, "hidden_size": 128,
@@ -66,14 +65,12 @@ def shorten(hidden: Tensor) -> tuple[Tensor, Tensor]:
 def main() -> None:
     """Trains for so many minutes, going on from the checkpoint in --work where there is one."""
     command = command_line(__doc__, WEIGHTS / "shapes_flux.safetensors", minutes=40, batch=64, rate=0.015)
-    command.add_argument("--vae", type=Path, default=WEIGHTS / "shapes_vae.safetensors")
     command.add_argument("--full", type=float, default=0.15, help="last share of the time, with all 77 text tokens")
-    command.add_argument("--each", type=int, default=40, help="encoded drawings per shape, colour and size")
+    drawings_options(command, 40, "encoded drawings per shape, colour and size")
     args = command.parse_args()
     prepare(args.comfyui, args.threads)
     import comfy.model_management
 
-    args.work.mkdir(parents=True, exist_ok=True)
     hidden, pooled = read_prompts(args.clip, [a.caption for a in ALL], args.work / "prompts.pt")
     latents = read_latents(args.vae, args.each, args.work / "latents.pt")
     print(f"latents: mean {latents.mean():.3f} std {latents.std():.3f}", flush=True)
@@ -90,9 +87,7 @@ def main() -> None:
         first.bias.copy_(-first.weight @ pooled[rows].mean(0))
 
     def loss_of(rng: torch.Generator, part: float) -> Tensor:
-        pick = torch.randint(len(TRAINED), (args.batch,), generator=rng)
-        clean = latents[pick, torch.randint(latents.shape[1], (args.batch,), generator=rng)]
-        prompt = dropped(rows[pick], len(ALL), rng)
+        clean, prompt = drawn(latents, rows, len(ALL), args.batch, rng)
         sigma = torch.sigmoid(0.8 + 1.2 * torch.randn(args.batch, generator=rng))
         noise = torch.randn(clean.shape, generator=rng)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None])

@@ -11,7 +11,6 @@ Usage: python proving/train_unet.py --clip CLIP.safetensors [--comfyui DIR] [--m
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,11 +20,9 @@ from torch import Tensor, nn
 from comfy_setup import WEIGHTS, prepare
 from latents import read_latents
 from shapes import ALL, TRAINED
-from training import command_line, dropped, read_prompts, save, train
+from training import MAIN, command_line, drawings_options, drawn, evening, read_prompts, save, train
 from unet_config import HEADS, MEAN, UNET
 
-DIRECTIONS = 64
-"""Of the hidden states that the training sees."""
 READERS = ("attn2.to_k.weight", "attn2.to_v.weight")
 
 
@@ -52,26 +49,14 @@ def build(**changed: Any) -> nn.Module:
     return model
 
 
-def evening(hidden: Tensor) -> Tensor:
-    """The map [directions, 768] that gives the main directions of hidden states [N, 77, 768] the variance one."""
-    states = hidden.flatten(0, 1)
-    mean = states.mean(0)
-    _, scale, directions = torch.linalg.svd(states - mean, full_matrices=False)
-    scale = scale[:DIRECTIONS, None] / len(states) ** 0.5
-    apart = torch.eye(len(mean)) - torch.outer(mean, mean) / mean.square().sum()
-    return directions[:DIRECTIONS] / scale @ apart
-
-
 def main() -> None:
     """Trains for so many minutes, going on from the checkpoint in --work where there is one."""
     command = command_line(__doc__, WEIGHTS / "shapes_unet.safetensors", minutes=45, batch=24, rate=0.015)
-    command.add_argument("--vae", type=Path, default=WEIGHTS / "shapes_vae.safetensors")
-    command.add_argument("--each", type=int, default=40, help="encoded drawings per shape, colour and size")
+    drawings_options(command, 40, "encoded drawings per shape, colour and size")
     args = command.parse_args()
     prepare(args.comfyui, args.threads)
     import comfy.model_sampling
 
-    args.work.mkdir(parents=True, exist_ok=True)
     hidden, _ = read_prompts(args.clip, [a.caption for a in ALL], args.work / "prompts.pt")
     latents = read_latents(args.vae, args.each, args.work / "latents.pt") - torch.tensor(MEAN)[:, None, None]
     print(f"latents: mean {latents.mean():.3f} std {latents.std():.3f}", flush=True)
@@ -81,12 +66,10 @@ def main() -> None:
     sigmas = comfy.model_sampling.ModelSamplingDiscrete().sigmas
 
     torch.manual_seed(0)
-    model = build(context_dim=DIRECTIONS)
+    model = build(context_dim=MAIN)
 
     def loss_of(rng: torch.Generator, _part: float) -> Tensor:
-        pick = torch.randint(len(TRAINED), (args.batch,), generator=rng)
-        clean = latents[pick, torch.randint(latents.shape[1], (args.batch,), generator=rng)]
-        prompt = dropped(rows[pick], len(ALL), rng)
+        clean, prompt = drawn(latents, rows, len(ALL), args.batch, rng)
         step = (torch.rand(args.batch, generator=rng) ** 0.75 * len(sigmas)).long()
         sigma = sigmas[step][:, None, None, None]
         kept = (sigma.square() + 1).rsqrt()

@@ -2,7 +2,8 @@
 
 Everything that the model sees is what ComfyUI's nodes give it: 1000 times sigma as the timestep, velocity = noise -
 latent as the target, latents after the shift and the scale of Wan's latent format, the 77 hidden states of the text
-encoder, the empty prompt for classifier-free guidance.
+encoder, the empty prompt for classifier-free guidance. The training sees the hidden states through a linear map that
+evens their main directions out, and the file has this map multiplied into the layer that reads them.
 Usage: python proving/train_wan.py --clip CLIP.safetensors --work WORK [--comfyui DIR] [--minutes 45]
 """
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from comfy_setup import WEIGHTS, prepare
 from moving import ALL, DIRECTIONS, FRAMES, SIDE, TRAINED, look, path
 from shapes import BACKGROUNDS
-from training import command_line, dropped, read_prompts, save, train
+from training import MAIN, command_line, drawings_options, drawn, evening, read_prompts, save, train
 
 CONFIG: dict[str, Any] = {
     "dim": 128, "ffn_dim": 384, "num_heads": 2, "num_layers": 8, "freq_dim": 256, "text_dim": 768,
@@ -30,15 +31,15 @@ STATED = ("text_dim", "freq_dim", "num_heads")  # what ComfyUI cannot read off t
 GATE = 0.3  # how far each block is open at first
 CELL = 8  # pixels
 CELLS = SIDE // CELL
-WORDS = 9  # tokens of a caption with its start and end
+READER = "text_embedding.0.weight"  # of the hidden states
 
 
-def build() -> nn.Module:
+def build(**changed: Any) -> nn.Module:
     """ComfyUI's Wan with initial weights: Xavier, and zero for everything that modulates or ends the network."""
     import comfy.ops
     from comfy.ldm.wan.model import WanModel
 
-    model = WanModel(dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init, **CONFIG)
+    model = WanModel(dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init, **CONFIG | changed)
     for name, weight in model.named_parameters():
         if name.endswith("modulation"):
             nn.init.zeros_(weight)
@@ -105,41 +106,36 @@ def placed(direction: str) -> list[tuple[tuple[int, int], tuple[float, float]]]:
 def main() -> None:
     """Trains for so many minutes, going on from the checkpoint in --work where there is one."""
     command = command_line(__doc__, WEIGHTS / "moving_wan.safetensors", minutes=45, batch=16, rate=0.015)
-    command.add_argument("--vae", type=Path, default=WEIGHTS / "shapes_vae.safetensors")
-    command.add_argument("--each", type=int, default=30, help="clips per trained caption")
+    drawings_options(command, 30, "clips per trained caption")
     args = command.parse_args()
     prepare(args.comfyui, args.threads)
     import comfy.model_management
 
-    args.work.mkdir(parents=True, exist_ok=True)
     hidden, _ = read_prompts(args.clip, [a.caption for a in ALL], args.work / "prompts.pt")
     latents = read_latents(args.vae, args.each, args.work / "latents.pt")
     print(f"latents: mean {latents.mean():.3f} std {latents.std():.3f}", flush=True)
     rows = torch.tensor([ALL.index(a) for a in TRAINED])
+    to_even = evening(hidden[rows])
+    context = hidden @ to_even.T
 
     comfy.model_management.in_training = True  # the differentiable rotary embedding
     torch.manual_seed(0)
-    model = build()
-    words = hidden[rows, :WORDS]
-    centre, spread = hidden[rows].mean((0, 1)), (words - words.mean(0)).square().mean().sqrt()
-    print(f"prompts: spread {spread:.4f}", flush=True)
-    with torch.no_grad():  # start from prompts that differ: centred and scaled hidden states
-        first = model.text_embedding[0]
-        first.weight.mul_(1 / spread)
-        first.bias.copy_(-first.weight @ centre)
+    model = build(text_dim=MAIN)
 
     def loss_of(rng: torch.Generator, _part: float) -> Tensor:
-        pick = torch.randint(len(TRAINED), (args.batch,), generator=rng)
-        clean = latents[pick, torch.randint(latents.shape[1], (args.batch,), generator=rng)]
-        prompt = dropped(rows[pick], len(ALL), rng)
+        clean, prompt = drawn(latents, rows, len(ALL), args.batch, rng)
         sigma = torch.sigmoid(1.4 + 1.5 * torch.randn(args.batch, generator=rng))
         noise = torch.randn(clean.shape, generator=rng)
         noisy = torch.lerp(clean, noise, sigma[:, None, None, None, None])
-        return F.mse_loss(model(noisy, 1000 * sigma, hidden[prompt]), noise - clean)
+        return F.mse_loss(model(noisy, 1000 * sigma, context[prompt]), noise - clean)
 
     metadata = {"config": json.dumps({"transformer": {key: CONFIG[key] for key in STATED}})}
+
+    def keep(average: dict[str, Tensor]) -> None:
+        save(average | {READER: average[READER] @ to_even}, args.out, metadata)
+
     train(
-        model, loss_of, lambda average: save(average, args.out, metadata),
+        model, loss_of, keep,
         inner=[n for n, w in model.named_parameters() if w.ndim == 2 and n.startswith("blocks.")],
         checkpoint=args.work / "wan.pt", minutes=args.minutes, rate=args.rate,
     )  # fmt: skip

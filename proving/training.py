@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from comfy_setup import parser
+from comfy_setup import WEIGHTS, parser
 from muon import Muon
 
 DROPPED = 0.1
 """Share of empty prompts."""
 SAVED_S = 120.0
 """Between two checkpoints."""
+MAIN = 64
+"""Of the hidden states that a training sees through evening()."""
 
 
 def command_line(description: str | None, out: Path, minutes: float, batch: int, rate: float) -> ArgumentParser:
@@ -34,12 +36,19 @@ def command_line(description: str | None, out: Path, minutes: float, batch: int,
     return command
 
 
+def drawings_options(command: ArgumentParser, each: int, of: str) -> None:
+    """The options of a training whose drawings go through the autoencoder."""
+    command.add_argument("--vae", type=Path, default=WEIGHTS / "shapes_vae.safetensors")
+    command.add_argument("--each", type=int, default=each, help=of)
+
+
 @torch.no_grad()
 def read_prompts(clip_file: Path, captions: Sequence[str], cache: Path) -> tuple[Tensor, Tensor]:
     """Hidden states [N + 1, 77, 768] and pooled states [N + 1, 768] of N captions and, last, of the empty prompt."""
     if not cache.exists():
         import comfy.sd
 
+        cache.parent.mkdir(parents=True, exist_ok=True)
         clip = comfy.sd.load_clip([str(clip_file)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
         prompts = [*captions, ""]
         states = [clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True) for prompt in prompts]
@@ -47,9 +56,32 @@ def read_prompts(clip_file: Path, captions: Sequence[str], cache: Path) -> tuple
     return torch.load(cache)
 
 
+def evening(hidden: Tensor) -> Tensor:
+    """The map [directions, 768] that gives the main directions of hidden states [N, 77, 768] the variance one.
+
+    The text encoder is not trained, and most of its variance says which token stands where.
+    """
+    states = hidden.flatten(0, 1)
+    mean = states.mean(0)
+    _, scale, directions = torch.linalg.svd(states - mean, full_matrices=False)
+    scale = scale[:MAIN, None] / len(states) ** 0.5
+    apart = torch.eye(len(mean)) - torch.outer(mean, mean) / mean.square().sum()
+    return directions[:MAIN] / scale @ apart
+
+
 def dropped(prompts: Tensor, empty: int, rng: torch.Generator) -> Tensor:
     """Row numbers of prompts [N], some of them replaced by that of the empty prompt."""
     return prompts.masked_fill(torch.rand(len(prompts), generator=rng) < DROPPED, empty)
+
+
+def drawn(latents: Tensor, rows: Tensor, empty: int, count: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch at random: clean latents [count, ...] of latents [captions, each, ...], and row numbers of their prompts.
+
+    ``rows`` [captions] has the row of each caption's prompt; some are replaced by ``empty``.
+    """
+    pick = torch.randint(len(rows), (count,), generator=rng)
+    clean = latents[pick, torch.randint(latents.shape[1], (count,), generator=rng)]
+    return clean, dropped(rows[pick], empty, rng)
 
 
 def save(state: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:

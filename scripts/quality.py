@@ -121,11 +121,12 @@ class Bench:
     """One proving model in this process, some prompts with a seed each, and what ComfyUI makes of them."""
 
     def __init__(self, name: str, samples: int, sampler: str, calibrate: bool, folder: Path):
-        from grounds import GROUNDS, prompts
+        from grounds import GROUNDS, Prompts
 
         self.ground: Any = GROUNDS[name]()
-        clip = BASE / "models" / "text_encoders" / "shapes_clip.safetensors"
-        self.asked, self.positive, self.negative = prompts(self.ground, clip, samples)
+        prompts, count = Prompts(BASE / "models" / "text_encoders" / "shapes_clip.safetensors"), len(self.ground.asked)
+        self.asked = [self.ground.asked[i * count // min(samples, count) % count] for i in range(samples)]
+        self.positive, self.negative = [prompts(one.caption) for one in self.asked], prompts("")
         self.sampler, self.calibrate, self.folder = sampler, calibrate, folder
 
     def sampled(
@@ -135,15 +136,15 @@ class Bench:
         import comfy.sample
         import comfy.samplers
 
-        ground, latent, made = self.ground, torch.zeros(1, *self.ground.latent), []
-        sigmas = comfy.samplers.KSampler(model, steps, "cpu", name, ground.scheduler, 1.0, model.model_options).sigmas
+        latent, settings, made = torch.zeros(1, *self.ground.latent), self.ground.settings, []
+        sigmas = comfy.samplers.KSampler(model, steps, "cpu", name, settings.scheduler, 1.0, model.model_options).sigmas
         sampler = through(comfy.samplers.sampler_object(name))
         for seed, positive in enumerate(self.positive, SEED):
             noise = comfy.sample.prepare_noise(latent, seed)
             with torch.inference_mode():
                 made.append(
                     comfy.sample.sample_custom(
-                        model, noise, ground.cfg, sampler, sigmas, positive, self.negative, latent, disable_pbar=True,
+                        model, noise, settings.cfg, sampler, sigmas, positive, self.negative, latent, disable_pbar=True,
                         seed=seed,
                     )
                 )  # fmt: skip
@@ -153,6 +154,16 @@ class Bench:
     def alone(self, sampler: str, steps: int) -> torch.Tensor:
         """What ComfyUI alone makes."""
         return self.sampled(self.ground.model, steps, sampler)
+
+    @torch.inference_mode()
+    def decoded(self, made: torch.Tensor) -> torch.Tensor:
+        """What the judge judges, of latents."""
+        return self.ground.decode(made)
+
+    @cache  # noqa: B019
+    def pictures(self, sampler: str, steps: int) -> torch.Tensor:
+        """What ComfyUI alone makes, to compare with."""
+        return self.ground.pictures(self.decoded(self.alone(sampler, steps)))
 
     @cache  # noqa: B019
     def cached(self, threshold: float, steps: int) -> tuple[torch.Tensor, float]:
@@ -183,12 +194,10 @@ class Bench:
 
     def row(self, title: str, degree: int | None, steps: int, of: int, speed: float, made: torch.Tensor) -> Row:
         """A line of the table: ``made`` took ``steps`` and is compared with ``of`` steps of ComfyUI alone."""
-        show, true = self.ground.show, self.alone(self.sampler, of)
-        seen = self.ground.judge(made)
-        right = sum(a == b for a, b in zip(self.asked, seen, strict=True))
-        with torch.inference_mode():
-            pictures = show(made), show(true), show(self.alone(*CONVERGED))
-        return compared(title, degree, steps, of, speed, made, true, *pictures, right)
+        decoded = self.decoded(made)
+        right = sum(a == b for a, b in zip(self.asked, self.ground.judge(decoded), strict=True))
+        pictures = self.ground.pictures(decoded), self.pictures(self.sampler, of), self.pictures(*CONVERGED)
+        return compared(title, degree, steps, of, speed, made, self.alone(self.sampler, of), *pictures, right)
 
 
 def rows(bench: Bench, steps: int, degrees: Sequence[int], splits: Sequence[int]) -> Iterator[Row]:
@@ -242,8 +251,8 @@ def measure(name: str, options: argparse.Namespace) -> None:
         splits = [degree for degree in options.degrees if degree <= units_of(bench.ground.model)]
         found = []
         about = (
-            f"{options.samples} samples, {options.sampler}, CFG {bench.ground.cfg:g}, scheduler "
-            f"{bench.ground.scheduler}; converged: {CONVERGED[1]} steps of {CONVERGED[0]}"
+            f"{options.samples} samples, {options.sampler}, CFG {bench.ground.settings.cfg:g}, scheduler "
+            f"{bench.ground.settings.scheduler}; converged: {CONVERGED[1]} steps of {CONVERGED[0]}"
         )
         for steps in options.steps:
             for row in rows(bench, steps, options.degrees, splits):

@@ -8,11 +8,11 @@ from typing import Any
 import comfy.sample
 import comfy.samplers
 import comfy.sd
-import comfy.utils
 import torch
 
 from comfy_setup import WEIGHTS
 from generation import Conditioning, noise
+from grounds import Prompts, load_vae
 from pack import BASE
 from unet_config import register
 
@@ -36,18 +36,10 @@ def load_unet() -> Any:
 @cache
 def prompts(captions: tuple[str, ...] = CAPTIONS) -> tuple[Conditioning, Conditioning]:
     """(positive, negative): the captions as a batch, and the empty prompt."""
-    path = str(MODELS / "text_encoders" / "shapes_clip.safetensors")
-    clip = comfy.sd.load_clip([path], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
-    parts = [clip.encode_from_tokens_scheduled(clip.tokenize(caption))[0] for caption in captions]
+    encoded = Prompts(MODELS / "text_encoders" / "shapes_clip.safetensors")
+    parts = [encoded(caption)[0] for caption in captions]
     pooled = torch.cat([part[1]["pooled_output"] for part in parts])
-    return [[torch.cat([part[0] for part in parts]), {"pooled_output": pooled}]], clip.encode_from_tokens_scheduled(
-        clip.tokenize("")
-    )
-
-
-@cache
-def _vae() -> Any:
-    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(MODELS / "vae" / "shapes_vae.safetensors")))
+    return [[torch.cat([part[0] for part in parts]), {"pooled_output": pooled}]], encoded("")
 
 
 def latents(
@@ -69,7 +61,7 @@ def latents(
 def decode(latent: torch.Tensor) -> torch.Tensor:
     """Pictures ``[N, height, width, 3]`` in 0 to 1."""
     with torch.inference_mode():
-        return _vae().decode(latent).clamp(0, 1)
+        return load_vae().decode(latent).clamp(0, 1)
 
 
 def pictures(model: Any, steps: int, sampler: Any = "euler", cfg: float = 3.0) -> torch.Tensor:

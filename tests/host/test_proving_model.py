@@ -17,11 +17,11 @@ CLIP = BASE / "models" / "text_encoders" / "shapes_clip.safetensors"
 @pytest.mark.timeout(600)
 def test_nine_of_ten_held_out_captions_are_drawn(tmp_path: Path):
     command = [
-        sys.executable, ROOT / "proving" / "judge.py", "--comfyui", comfyui_dir(), "--clip", CLIP,
+        sys.executable, ROOT / "proving" / "score.py", "flux", "--comfyui", comfyui_dir(), "--clip", CLIP,
         "--each", "1", "--steps", "12", "--sheet", tmp_path / "sheet.png",
     ]  # fmt: skip
     said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=500).stdout
-    found = re.search(r"all four right: (\d+) of (\d+)", said)
+    found = re.search(r"as asked: (\d+) of (\d+)", said)
     assert found, said
     right, asked = map(int, found.groups())
     assert asked == 24

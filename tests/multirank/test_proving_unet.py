@@ -9,7 +9,7 @@ import pytest
 
 import trained
 from generation import distance
-from judge import judge
+from judge_shapes import judge
 from leapfrog.parallel_backend import supervisor
 from pack import ROOT
 from ranks import EXACT, split

@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import comfy.sd
-
 from generation import distance
-from judge_moving import decode, judge, latents, load_clip, load_vae
-from moving import HELD_OUT
+from grounds import Ground, Prompts, sample, wan
 from pack import BASE
 from ranks import EXACT, split
 
-MODELS = BASE / "models"
-ASKED = HELD_OUT[4:6]
-"""One moves up and one down: the model confuses left and right."""
+
+@cache
+def ground() -> Ground:
+    return wan()
 
 
 @cache
-def load() -> Any:
-    """The MODEL from ComfyUI's own loader."""
-    return comfy.sd.load_diffusion_model(str(MODELS / "diffusion_models" / "moving_wan.safetensors"))
+def prompts() -> Prompts:
+    return Prompts(BASE / "models" / "text_encoders" / "shapes_clip.safetensors")
 
 
-@cache
-def text() -> Any:
-    return load_clip(MODELS / "text_encoders" / "shapes_clip.safetensors")
+def made(model: Any, asked: list[Any], seeds: list[int], steps: int) -> Any:
+    settings = replace(ground().settings, steps=steps)
+    return sample(model, ground().latent, settings, prompts(), [one.caption for one in asked], seeds)
+
+
+def asked() -> list[Any]:
+    """One moves up and one down: the model confuses left and right."""
+    return list(ground().asked[4:6])
 
 
 def test_exact_mode_is_comfyui():
-    assert type(load().model.model_config).__name__ == "WAN21_T2V"
-    asked = {"captions": [ASKED[0].caption], "seeds": [7, 8], "steps": 4}
-    assert distance(latents(split(load(), mode="exact"), text(), **asked), latents(load(), text(), **asked)) < EXACT
+    model = ground().model
+    assert type(model.model.model_config).__name__ == "WAN21_T2V"
+    theirs = made(model, asked()[:1], [7, 8], 4)
+    assert distance(made(split(model, mode="exact"), asked()[:1], [7, 8], 4), theirs) < EXACT
 
 
 def test_held_out_captions_are_shown():
-    made = latents(load(), text(), [a.caption for a in ASKED], [100])
-    assert judge(decode(load_vae(MODELS / "vae" / "shapes_vae.safetensors"), made)) == list(ASKED)
+    clips = ground().decode(made(ground().model, asked(), [100], ground().settings.steps))
+    assert ground().judge(clips) == asked()

@@ -1,11 +1,9 @@
-"""Says what a picture shows, and scores a proving model with it.
+"""Says what a picture of a drawn shape shows.
 
 The judge is a small convolutional network trained on drawings: clean, noisy, blurred and through the autoencoder.
 Pictures of no shape, of two, and of half-melted ones are taught as "unclear", which is never right.
 
-Usage: python proving/judge.py --train                   trains it (minutes), writes weights/judge.safetensors
-       python proving/judge.py --clip CLIP.safetensors   samples held-out captions through ComfyUI and scores them
-                               [--model MODEL.safetensors] [--scheduler NAME]   with this model, instead of the Flux
+Usage: python proving/judge_shapes.py    trains it (minutes), writes weights/judge.safetensors
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ from __future__ import annotations
 import itertools
 import time
 from argparse import Namespace
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comfy_setup import WEIGHTS, parser, prepare
-from shapes import ALL, HELD_OUT, PICTURE, SHAPES, SIZES, TRAINED, VOCABULARY, Attributes, distance, draw
-from unet_config import register
+from shapes import ALL, PICTURE, SHAPES, SIZES, VOCABULARY, Attributes, distance, draw
 
 UNCLEAR = "unclear"
 CLEAN = 0.86  # outline() of a drawing is 0.91 or more, and 0.84 or less for the outline of another shape
@@ -188,90 +184,16 @@ def train(args: Namespace) -> None:
     save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, args.weights)
 
 
-@torch.inference_mode()
-def sample(args: Namespace, captions: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    """Pictures [captions x seeds, 128, 128, 3] in 0..1, through ComfyUI's own loaders and samplers."""
-    import comfy.sample
-    import comfy.sd
-    import comfy.utils
-
-    register()
-    model = comfy.sd.load_diffusion_model(str(args.model))
-    clip = comfy.sd.load_clip([str(args.clip)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
-    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(args.vae)))
-    negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    latent = torch.zeros(1, 16, PICTURE // 8, PICTURE // 8)
-    noise = torch.cat([comfy.sample.prepare_noise(latent, seed) for seed in seeds])
-    out = []
-    for caption in captions:
-        positive = clip.encode_from_tokens_scheduled(clip.tokenize(caption))
-        start = torch.zeros_like(noise)
-        done = comfy.sample.sample(
-            model, noise, args.steps, args.cfg, args.sampler, args.scheduler, positive, negative, start,
-            disable_pbar=True, seed=seeds[0],
-        )  # fmt: skip
-        out.append(vae.decode(done).clamp(0, 1))
-    return torch.cat(out)
-
-
-def sheet(images: Tensor, columns: int, path: Path) -> None:
-    """Writes the pictures [N, 128, 128, 3] in rows to a PNG."""
-    from PIL import Image
-
-    rows = len(images) // columns
-    grid = images[: rows * columns].reshape(rows, columns, PICTURE, PICTURE, 3).permute(0, 2, 1, 3, 4)
-    grid = grid.reshape(rows * PICTURE, columns * PICTURE, 3)
-    Image.fromarray((grid * 255).round().byte().cpu().numpy()).save(path)
-
-
-def score(args: Namespace) -> None:
-    """Samples, judges, prints the score and writes a contact sheet."""
-    wanted = TRAINED[::9] if args.trained else HELD_OUT
-    seeds = list(range(args.seed, args.seed + args.each))
-    start = time.monotonic()
-    images = sample(args, [a.caption for a in wanted], seeds)
-    seconds = time.monotonic() - start
-    seen = judge(images, load(args.weights))
-    asked = [a for a in wanted for _ in seeds]
-    for i, name in enumerate(Attributes._fields):
-        print(f"{name}: {sum(a[i] == b[i] for a, b in zip(asked, seen, strict=True)) / len(asked):.3f}")
-    for a, b in zip(asked, seen, strict=True):
-        if a != b:
-            print(f"  asked {a.caption!r}, saw {b.caption!r}")
-    right = sum(a == b for a, b in zip(asked, seen, strict=True))
-    fits = torch.tensor([outline(image.movedim(-1, 0), a) for image, a in zip(images, asked, strict=True)])
-    clean = (fits >= CLEAN).float().mean()
-    print(f"outline: mean {fits.mean():.3f}, lowest {fits.min():.3f}, at least {CLEAN}: {clean:.3f}")
-    print(f"all four right: {right} of {len(asked)} = {right / len(asked):.3f}, {seconds:.0f} s")
-    sheet(images, len(seeds) * 2, args.sheet)
-
-
 def main() -> None:
-    """Trains or scores."""
+    """Trains."""
     command = parser(__doc__)
-    command.add_argument("--train", action="store_true")
     command.add_argument("--weights", type=Path, default=WEIGHTS / "judge.safetensors")
     command.add_argument("--vae", type=Path, default=WEIGHTS / "shapes_vae.safetensors")
-    command.add_argument("--model", type=Path, default=WEIGHTS / "shapes_flux.safetensors")
-    command.add_argument("--clip", type=Path, help="file that text_encoder.py wrote")
     command.add_argument("--minutes", type=float, default=3, help="training time")
     command.add_argument("--pictures", type=int, default=3000, help="training pictures")
-    command.add_argument("--each", type=int, default=5, help="seeds for each of the 24 captions")
-    command.add_argument("--seed", type=int, default=100, help="first seed")
-    command.add_argument("--steps", type=int, default=20)
-    command.add_argument("--cfg", type=float, default=3.0)
-    command.add_argument("--sampler", default="euler")
-    command.add_argument("--scheduler", default="simple")
-    command.add_argument("--trained", action="store_true", help="captions of the training set instead of held-out ones")
-    command.add_argument("--sheet", type=Path, default=Path("sheet.png"), help="contact sheet to write")
     args = command.parse_args()
     prepare(args.comfyui, args.threads)
-    if args.train:
-        train(args)
-    elif args.clip is None:
-        command.error("--clip is needed to sample")
-    else:
-        score(args)
+    train(args)
 
 
 if __name__ == "__main__":
