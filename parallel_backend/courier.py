@@ -20,7 +20,7 @@ import msgspec
 
 from .channel import SEND_TIMEOUT_S, Channel, Received
 from .machines import fingerprint
-from .protocol import Done, FromHost, FromRank, Payload, Stop
+from .protocol import Done, Forget, FromHost, FromRank, Payload, Stop
 from .settings import step_timeout_s
 from .tensors import Arena
 
@@ -201,6 +201,11 @@ class RankCourier(Courier[FromHost]):
         self._own: dict[str, Arena] = {}
         self._when_ended = ended
         super().__init__(sock, FromHost, self._own)
+
+    def _arrived(self, message: Any) -> None:
+        if isinstance(message, Forget):
+            for name in message.arenas:
+                self._own.pop(name, None)
 
     def _arena(self, message: Any, payload: Payload) -> Arena:
         ends = [head.offset + head.nbytes for head in payload.heads]

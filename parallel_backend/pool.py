@@ -6,6 +6,7 @@ decides who gets a pool and when it has to go.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import threading
@@ -24,7 +25,7 @@ from .courier import HostCourier
 from .errors import ErrorReport, LeapfrogError, error_of
 from .guests import RemoteProcess
 from .launcher import RankProcess
-from .protocol import ANSWERS, Failed, FromRank, HostMessage, Payload, RankMessage, Stop
+from .protocol import ANSWERS, Failed, Forget, FromRank, HostMessage, Payload, RankMessage, Stop
 from .settings import step_timeout_s
 from .tensors import Arena, laid_out
 
@@ -173,12 +174,25 @@ class Pool:
             if large:
                 return large[0]
             if free:
-                self.arenas.pop(free[0].name).close()
+                self._forget([free[0].name])
             if len(self.arenas) < MAX_ARENAS:
                 arena = Arena.create(int(size * SPARE))
                 self.arenas[arena.name] = arena
                 return arena
             self._pump(deadline, tick)
+
+    def rest(self) -> None:
+        """Give back the shared memory that no call under way uses; the next call gets new."""
+        used = {call.arena for call in list(self._calls.values())}
+        if free := [name for name in self.arenas if name not in used]:
+            self._forget(free)
+
+    def _forget(self, names: Sequence[str]) -> None:
+        for name in names:
+            self.arenas.pop(name).close()
+        for channel in self.channels.values():
+            with contextlib.suppress(OSError):  # the next call of this rank tells why
+                channel.send(Forget(arenas=list(names)))
 
     def read(self, payload: Payload) -> Any:
         """A copy of a payload's tree. Raises LeapfrogError rank_error for what is none; the pool is then closed."""

@@ -193,6 +193,12 @@ class Unload(HostMessage):
     """Drop the weights; stay ready."""
 
 
+class Forget(HostMessage):
+    """The host has removed these arenas; no message speaks of them any more. There is no answer."""
+
+    arenas: list[Word] = []
+
+
 class Stop(HostMessage):
     """End the process."""
 
@@ -283,7 +289,7 @@ class Ok(RankMessage):
     """Plain acknowledgement."""
 
 
-FromHost = Join | Trace | Load | Evaluate | Echo | Probe | Unload | Stop
+FromHost = Join | Trace | Load | Evaluate | Echo | Probe | Unload | Forget | Stop
 ANSWERS: dict[type[HostMessage], type[RankMessage]] = {
     Trace: Traced,
     Load: Loaded,

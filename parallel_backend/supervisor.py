@@ -14,6 +14,7 @@ from .starting import ComfyHost, start_ranks
 
 log = logging.getLogger("leapfrog")
 UNUSED_S = 60.0
+REST_S = 5.0
 SWEEP_S = 1.0
 
 _pools: dict[tuple[str, ...], Pool] = {}
@@ -93,6 +94,8 @@ def _sweep() -> None:
                 _close(key, "no MODEL refers to them any more")
             elif idle and now - pool.used_at > idle:
                 _close(key, f"not used for {idle:g} s (LEAPFROG_IDLE_S)")
+            elif now - pool.used_at > REST_S:
+                pool.rest()
         finally:
             pool.lock.release()
 

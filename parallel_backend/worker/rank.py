@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -25,6 +25,7 @@ from ..protocol import (
     Echo,
     Evaluate,
     Failed,
+    Forget,
     FromHost,
     Hello,
     HostMessage,
@@ -117,6 +118,9 @@ class Rank:
                 # the process group's threads may still wait for ranks that are gone
                 sys.stdout.flush()
                 os._exit(0)
+            if isinstance(message, Forget):
+                self._forget(message.arenas)
+                continue
             try:
                 with torch.inference_mode():
                     reply = self._handlers[type(message)](message)
@@ -124,6 +128,11 @@ class Rank:
                 reply = Failed(error=_report(error, self._spec.rank))
             reply.call = message.call
             self._channel.send(reply)
+
+    def _forget(self, arenas: Iterable[str]) -> None:
+        for name in arenas:
+            if arena := self._arenas.pop(name, None):
+                arena.close()
 
     def _tree(self, payload: Payload) -> Any:
         return self._arenas[payload.arena].tree(payload.spec, payload.heads)

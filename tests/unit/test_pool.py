@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from leapfrog.parallel_backend import LeapfrogError, supervisor
 from leapfrog.parallel_backend.errors import ErrorReport
 from leapfrog.parallel_backend.pool import NEXT, Call, Pool, State
-from leapfrog.parallel_backend.protocol import Failed, Ok, RankMessage, Unload
+from leapfrog.parallel_backend.protocol import Echo, Failed, Ok, RankMessage, Unload
 from leapfrog.parallel_backend.starting import ComfyHost
 
 HOST = ComfyHost("nowhere")
@@ -262,6 +262,26 @@ class TestSupervisor:
         self.sweep()
         assert pool.state is State.STOPPED
         assert self.acquire("cpu", user) is not pool
+
+    def test_a_pool_at_rest_has_the_shared_memory_of_calls_under_way_only(self):
+        pool = self.acquire("cpu", user := User())
+        busy, _ = pool.payload(torch.zeros(3), no_tick)
+        pool.submit({0: Echo()}, no_tick, using=busy)
+        free, _ = pool.payload(torch.zeros(3), no_tick)
+        assert set(pool.arenas) == {busy.arena, free.arena}
+        self.sweep()
+        assert set(pool.arenas) == {busy.arena, free.arena}
+        pool.rest()
+        assert set(pool.arenas) == {busy.arena}
+        (call,) = pool._calls.values()
+        pool.done(call)
+        pool._calls.clear()
+        pool.used_at -= 100
+        self.sweep()
+        assert not pool.arenas
+        _, *told = [pool.processes[0]._far_end.recv() for _ in range(3)]  # type: ignore[union-attr]
+        assert [message.arenas for message in told] == [[free.arena], [busy.arena]]
+        assert set(pool.users) == {user}
 
     def test_a_pool_ends_some_time_after_its_last_user(self):
         pool = self.acquire("cpu", user := User())
