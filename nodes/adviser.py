@@ -12,6 +12,7 @@ from comfy_api.v0_0_2 import io
 
 from ..parallel_backend import LanesPlan, LeapfrogError, SplitPlan, Survey, Surveyed
 from .node_text import teller
+from .recipe import own_device
 from .rounds_sampler import RoundsSampler
 from .standin import StandInPatcher
 
@@ -95,7 +96,7 @@ def measured(model: Any, positive: Any, latent_image: dict[str, Any], devices: s
         raise LeapfrogError.of(
             "unsupported_patch", "This MODEL has been split already; Leapfrog Adviser measures the whole one."
         )
-    plan = LanesPlan.choose(devices, 0)
+    plan = LanesPlan.choose(devices, 0, own=own_device())
     SplitPlan(plan.devices[:1]).check(model.model.diffusion_model)
     sampler = SurveySampler(plan, comfy.samplers.sampler_object("euler"), lambda text: None)
     image = comfy.sample.fix_empty_latent_channels(

@@ -8,7 +8,7 @@ from inspect import cleandoc
 from comfy_api.v0_0_2 import io
 
 from ..parallel_backend import LeapfrogError, SplitDenoiser, SplitPlan
-from .recipe import comfy_host, patches_of, recipe_of
+from .recipe import comfy_host, own_device, patches_of, recipe_of
 from .standin import StandInPatcher
 
 log = logging.getLogger("leapfrog")
@@ -136,7 +136,7 @@ class AsyncUNetSplit(io.ComfyNode):
             raise LeapfrogError.of("unsupported_patch", "This MODEL has been split already.")
         plan = SplitPlan.choose(
             devices, components, warmup=warmup_steps, mode=mode, cfg_lanes=cfg_lanes, bound=drift_bound,
-            time_shift=time_shift, cut=cut, stride=stride, balance=balance,
+            time_shift=time_shift, cut=cut, stride=stride, balance=balance, own=own_device(),
         )  # fmt: skip
         if len(plan.devices) == 1:
             log.info("Leapfrog: one device (%s), so Async UNet Split passes the MODEL through.", plan.devices[0])

@@ -10,6 +10,7 @@ from comfy_api.v0_0_2 import io
 
 from ..parallel_backend import LanesPlan
 from .node_text import teller
+from .recipe import own_device
 from .rounds_sampler import in_rounds
 
 # The options that both ParaStep nodes have.
@@ -85,7 +86,8 @@ def plan_of(
     calibrate: bool = False,
 ) -> LanesPlan:  # fmt: skip
     """The plan for these options. Raises LeapfrogError bad_plan."""
-    return LanesPlan.choose(devices, lanes, warmup_steps, predictor, fidelity, drift_bound, calibrate)
+    chosen = lanes, warmup_steps, predictor, fidelity, drift_bound, calibrate
+    return LanesPlan.choose(devices, *chosen, own=own_device())
 
 
 class ParaStepSampler(io.ComfyNode):

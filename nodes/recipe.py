@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from weakref import WeakKeyDictionary
 import comfy.cli_args
 import comfy.hooks
 import comfy.lora
+import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import comfy.sd
@@ -24,17 +26,27 @@ COMPUTE_ARGS = (
     "force_fp32 force_fp16 fp32_unet fp64_unet bf16_unet fp16_unet fp8_e4m3fn_unet fp8_e5m2_unet fp8_e8m0fnu_unet "
     "force_channels_last supports_fp8_compute use_split_cross_attention use_quad_cross_attention "
     "use_pytorch_cross_attention use_sage_attention use_flash_attention disable_xformers force_upcast_attention "
-    "dont_upcast_attention deterministic cpu"
+    "dont_upcast_attention deterministic enable_triton_backend disable_triton_backend cpu"
 ).split()
 
 
 def comfy_host() -> ComfyHost:
     """Where this ComfyUI lives and how it was told to compute."""
     root = Path(comfy.samplers.__file__).resolve().parents[1]
-    given = comfy.cli_args.args
-    return ComfyHost(
-        str(root), tuple(f"--{name.replace('_', '-')}" for name in COMPUTE_ARGS if getattr(given, name, False))
-    )
+    return ComfyHost(str(root), compute_args(comfy.cli_args.args))
+
+
+def compute_args(given: argparse.Namespace) -> tuple[str, ...]:
+    """The part of ComfyUI's command line that a rank needs."""
+    options = {action.dest: action.option_strings[0] for action in comfy.cli_args.parser._actions}
+    fast = sorted(feature.value for feature in getattr(given, "fast", None) or ())
+    chosen = [options[name] for name in COMPUTE_ARGS if getattr(given, name, False)]
+    return *chosen, *(["--fast", *fast] if fast else [])
+
+
+def own_device() -> str:
+    """The kind of device that ComfyUI computes on."""
+    return comfy.model_management.get_torch_device().type
 
 
 def recipe_of(model: comfy.model_patcher.ModelPatcher) -> Recipe:

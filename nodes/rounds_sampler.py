@@ -119,8 +119,7 @@ class RoundsSampler(AheadSampler):
         self._denoiser.check_patches(patches_of(patcher))
         _close_with(patcher, self._denoiser)
         if patcher.load_device.type == "cuda":
-            # ComfyUI has just put the weights on a GPU that the ranks need for their own
-            patcher.partially_unload(patcher.offload_device, patcher.loaded_size())
+            _make_room(patcher, self._denoiser)
         return self._denoiser
 
 
@@ -150,17 +149,29 @@ class LaneWave(Wave):
 
 
 def _close_with(patcher: comfy.model_patcher.ModelPatcher, denoiser: LanesDenoiser) -> None:
-    """End the ranks when ComfyUI unloads the MODEL whose weights they hold (/free, "unload models")."""
+    """Release the ranks when ComfyUI unloads the MODEL whose weights they hold (/free, "unload models")."""
     kind = comfy.patcher_extension.CallbacksMP.ON_DETACH
     known = weakref.ref(denoiser)
 
     def on_detach(_patcher: Any, unpatch_all: bool) -> None:
         still_there = known()
         if unpatch_all and still_there:
-            still_there.close()
+            still_there.release()
 
     patcher.remove_callbacks_with_key(kind, "leapfrog")
     patcher.add_callback_with_key(kind, "leapfrog", on_detach)
+
+
+def _make_room(patcher: comfy.model_patcher.ModelPatcher, denoiser: LanesDenoiser) -> None:
+    """Free the GPU of what ranks need it for: the weights that ComfyUI has just put there, and, before there are ranks,
+    everything else."""
+    patcher.partially_unload(torch.device("cpu"), patcher.loaded_size())
+    here = f"{patcher.load_device.type}:{patcher.load_device.index or 0}"
+    if here in denoiser.devices and not denoiser.loaded_bytes(denoiser.devices.index(here)):
+        own = [one for one in comfy.model_management.current_loaded_models if one.model and one.model.is_clone(patcher)]
+        room = 1.1 * patcher.model_size() + comfy.model_management.minimum_inference_memory()
+        comfy.model_management.free_memory(room, patcher.load_device, keep_loaded=own)
+    comfy.model_management.soft_empty_cache()
 
 
 @contextmanager

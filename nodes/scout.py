@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Question:
     sigma: torch.Tensor
     args: dict[str, Any]
 
-    @property
+    @cached_property
     def level(self) -> float:
         return float(self.sigma.flatten()[0])
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import comfy.hooks
 import comfy.model_base
+import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
 import comfy.utils
@@ -36,6 +37,14 @@ NOTHING_LOADED: dict[str, Any] = {
 }
 
 
+MEMORY_HANDLES = ("_v", "_v_weight", "_v_bias", "_v_signature", "_pins", "_pin_state", "_prefetch")
+
+
+def _of_memory_manager(name: str) -> bool:
+    """Whether it is ComfyUI's memory manager that hangs an attribute of this name on a module."""
+    return name in MEMORY_HANDLES or name.endswith("_lowvram_function")
+
+
 def weightless(base: comfy.model_base.BaseModel, denoiser: SplitDenoiser) -> comfy.model_base.BaseModel:
     """A remote twin of ``base`` that keeps no weights of its denoiser alive."""
 
@@ -43,7 +52,16 @@ def weightless(base: comfy.model_base.BaseModel, denoiser: SplitDenoiser) -> com
         return torch.nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False)
 
     dm = base.diffusion_model
-    return remote_twin(base, copy.deepcopy(dm, memo={id(p): empty(p) for p in dm.parameters()}), denoiser)
+    memo: dict[int, Any] = {id(p): empty(p) for p in dm.parameters()}
+    for module in dm.modules():
+        handles = [value for name, value in vars(module).items() if _of_memory_manager(name)]
+        # copies would free the memory of the originals; a plain value may be anybody's
+        memo |= {id(value): None for value in handles if not isinstance(value, int | float | str | None)}
+    shell = copy.deepcopy(dm, memo)
+    for module in shell.modules():
+        for name in filter(_of_memory_manager, list(vars(module))):
+            delattr(module, name)
+    return remote_twin(base, shell, denoiser)
 
 
 def remote_twin(
@@ -92,7 +110,7 @@ class Original(NamedTuple):
 
 class StandInPatcher(comfy.model_patcher.ModelPatcher):
     """A MODEL whose weights are in the pool. ComfyUI's memory manager sees what the pool holds on the host's device
-    and can free it: part of it means the weights in the ranks, all of it means the ranks."""
+    and can free it: that means the weights in the ranks and, where it asks for all, soon the ranks themselves."""
 
     @classmethod
     def of(cls, model: comfy.model_patcher.ModelPatcher, denoiser: SplitDenoiser) -> StandInPatcher:
@@ -125,12 +143,23 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         return False
 
     def model_size(self) -> int:
-        return self.loaded_size()
+        """Bytes on the host's device that ComfyUI has to find room for: before the ranks load, what they may need."""
+        here = self.denoiser.devices.count(self._here())
+        return self.loaded_size() or (here and here * self._largest_component())
+
+    def _largest_component(self) -> int:
+        lane = self.denoiser.plan.lanes(guided=True, whole_fits=True)[0]
+        weights = comfy.model_management.module_size(self.model.diffusion_model)
+        return weights // (self.denoiser.plan.degree or len(lane))
+
+    def _here(self) -> str:
+        """The host's device as plans name it."""
+        return str(self.load_device) if self.load_device.index is not None else f"{self.load_device}:0"
 
     def loaded_size(self) -> int:
         """Bytes of the ranks' weights on the host's device."""
-        device = str(self.load_device) if self.load_device.index is not None else f"{self.load_device}:0"
-        return sum(self.denoiser.loaded_bytes(r) for r, d in enumerate(self.denoiser.devices) if d == device)
+        here = self._here()
+        return sum(self.denoiser.loaded_bytes(r) for r, d in enumerate(self.denoiser.devices) if d == here)
 
     def load(self, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
              full_load: bool = False) -> None:  # fmt: skip
@@ -148,6 +177,10 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
             callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
 
+    def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
+        # less than nothing is what the host would have to free for the whole denoiser's evaluation, which is not here
+        return super().partially_load(device_to, max(0, extra_memory), force_patch_weights)
+
     def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
         freed = self.loaded_size()
         self.denoiser.unload()
@@ -156,7 +189,7 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
     def detach(self, unpatch_all: bool = True) -> Any:
         result = super().detach(unpatch_all)
         if unpatch_all:
-            self.denoiser.close()
+            self.denoiser.release()
         return result
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup | None) -> None:
@@ -171,9 +204,12 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         if TORCH_COMPILE_KWARGS in self.model_options:
             log.warning("Leapfrog: TorchCompileModel has no effect on a split model; the ranks compute uncompiled.")
         self.attachments[RUN] = Run()
+        # or ComfyUI would make several calls of what does not fit its own device
+        self.model.__dict__["memory_required"] = lambda *args, **kwargs: 0.0
         self.denoiser.begin_run()
 
     def cleanup(self) -> None:
         super().cleanup()
         self.attachments.pop(RUN, None)
+        self.model.__dict__.pop("memory_required", None)
         self.denoiser.end_run()

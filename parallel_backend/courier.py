@@ -20,7 +20,7 @@ import msgspec
 
 from .channel import SEND_TIMEOUT_S, Channel, Received
 from .machines import fingerprint
-from .protocol import Done, Forget, FromHost, FromRank, Payload, Stop
+from .protocol import Done, FromHost, FromRank, Payload, Release, Stop
 from .settings import step_timeout_s
 from .tensors import Arena
 
@@ -203,7 +203,7 @@ class RankCourier(Courier[FromHost]):
         super().__init__(sock, FromHost, self._own)
 
     def _arrived(self, message: Any) -> None:
-        if isinstance(message, Forget):
+        if isinstance(message, Release):
             for name in message.arenas:
                 self._own.pop(name, None)
 

@@ -14,9 +14,9 @@ import torch
 from .batching import Rows, batched, rows_of, with_chunks
 from .cutting import FOR_WEIGHTS, choose_cut
 from .errors import LeapfrogError
-from .plan import STALE_MODES, LanesPlan, SplitPlan
+from .plan import CPU, STALE_MODES, LanesPlan, SplitPlan, kind_of
 from .pool import Call, Pool, Tick
-from .protocol import Cut, Evaluate, Load, Loaded, Payload, Recipe, Trace, Traced, Unload
+from .protocol import Cut, Evaluate, Load, Loaded, Payload, Recipe, Release, Trace, Traced, Unload
 from .report import RunReport
 from .schedules.asyncdiff import Streams
 from .schedules.parastep import Guard, Predictor, row_shares
@@ -74,11 +74,15 @@ class RemoteDenoiser:
         laid_out(patches[1], "weight patches")
 
     def begin_run(self) -> None:
-        """Forget stale state; call before the first step of every sampling run."""
+        """Release stale state; call before the first step of every sampling run."""
         self.report = RunReport(self.title, self.devices)
 
     def end_run(self) -> None:
-        """Log what the run did."""
+        """Log what the run did; ranks' GPUs have room again for what comes after it (VAE)."""
+        pool = self._pool
+        if pool and any(kind_of(device) != CPU for device in self.devices):
+            with pool.lock:
+                pool.release(Release(cache=True))
         if self.report and self.report.calls:
             for line in self.report.lines():
                 log.info("Leapfrog: %s", line)
@@ -117,6 +121,16 @@ class RemoteDenoiser:
         if self._pool:
             with self._pool.lock:
                 self._pool.close()
+        self._pool = None
+
+    def release(self) -> None:
+        """Drop the weights in the ranks, and let those end if nobody comes back for them (``supervisor.UNUSED_S``).
+
+        ComfyUI asks for all memory also where it only makes room for what comes before the next sampling.
+        """
+        self.unload()
+        if self._pool:
+            self._pool.users.discard(self)
         self._pool = None
 
     def loaded_bytes(self, rank: int) -> int:

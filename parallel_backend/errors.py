@@ -15,6 +15,9 @@ HINTS = {
     "no_machine": (
         "The joiner must run there, with the same file and the same versions of everything: docs/machines.md."
     ),
+    "mixed_devices": (
+        "Start ComfyUI with --bf16-unet or --fp16-unet, so that all devices compute alike, or name devices of one kind."
+    ),
     "bad_plan": "Lower the number, or name more devices.",
     "no_recipe": (
         "Leapfrog rebuilds the denoiser in its ranks from the file it came from. Use a stock loader "

@@ -32,9 +32,9 @@ PACKAGE = Path(__file__).resolve().parent
 KEPT = (
     "PATH HOME USER LANG LC_ALL TMPDIR TEMP TMP SYSTEMROOT SYSTEMDRIVE WINDIR USERPROFILE APPDATA LOCALAPPDATA COMSPEC "
     "LD_LIBRARY_PATH LD_PRELOAD VIRTUAL_ENV PYTHONPATH PYTHONHASHSEED PYTHONDONTWRITEBYTECODE CUDA_HOME CUDA_PATH "
-    "CUDA_DEVICE_ORDER XDG_CACHE_HOME HF_HUB_OFFLINE"
+    "CUDA_DEVICE_ORDER CUBLAS_WORKSPACE_CONFIG XDG_CACHE_HOME HF_HUB_OFFLINE TRITON_CACHE_DIR CC"
 ).split()
-KEPT_PREFIXES = ("LEAPFROG_", "NCCL_", "MALLOC_")
+KEPT_PREFIXES = ("LEAPFROG_", "NCCL_", "RCCL_", "HSA_", "ROCR_", "CUDA_MPS_", "TORCH_NCCL_", "TORCH_ROCM_", "MALLOC_")
 # What worker/rank.py puts in front of the lines that have a level; the rest is what libraries print.
 LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):(.*)")
 MAX_LINE = 4096
@@ -57,6 +57,7 @@ def rank_environment(device: str, backend: str, threads: int, address: str = LOO
         env.setdefault("NCCL_SOCKET_IFNAME", interface)
     if backend == "nccl":
         env["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
+        env["TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"] = "false"
     return env
 
 
@@ -87,7 +88,8 @@ def _visible(device: str) -> str:
     if not device.startswith("cuda:"):
         return ""
     index = int(device.removeprefix("cuda:"))
-    host = [d for d in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if d.strip()]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES") or os.environ.get("HIP_VISIBLE_DEVICES", "")
+    host = [d for d in seen.split(",") if d.strip()]
     return host[index].strip() if index < len(host) else str(index)
 
 

@@ -38,10 +38,14 @@ def kind_of(device: str) -> str:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine offers: CUDA device count and CPU cores."""
+    """What this machine offers: CUDA device count and CPU cores.
+
+    ``own`` is the kind of device that ComfyUI itself computes on: "cuda" (also ROCm), "cpu", "mps"; "" if unknown.
+    """
 
     cuda: int
     cores: int
+    own: str = ""
 
 
 def this_machine() -> Machine:
@@ -58,8 +62,9 @@ def choose_devices(text: str, wanted: int, machine: Machine) -> tuple[str, ...]:
     """The devices of a pool, one per rank, such as ``("cuda:0", "cuda:1")`` or ``("cpu", "cpu")``.
 
     ``text`` is what the user wrote: "auto", "0,1", "cuda:1", "cpu,cpu", "0,b/0" (of machine b). ``wanted`` is the
-    number of ranks, 0 for "as many as there are devices". "auto" takes this machine's CUDA devices if there are any,
-    else two ranks on the CPU where it has two cores. One device comes back where there is no second to use.
+    number of ranks, 0 for "as many as there are devices". "auto" takes this machine's CUDA devices if there are any and
+    ComfyUI is not told to leave them alone, else two ranks on the CPU where it has two cores. One device comes back
+    where there is no second to use, and where ComfyUI computes on one that is neither.
 
     Raises LeapfrogError: bad_devices for a name that means nothing here, bad_plan for more ranks than devices,
     bad_machines where the file of machines is needed and cannot be used.
@@ -80,7 +85,9 @@ def choose_devices(text: str, wanted: int, machine: Machine) -> tuple[str, ...]:
 
 
 def _auto_devices(wanted: int, machine: Machine) -> tuple[str, ...]:
-    if machine.cuda:
+    if machine.own not in ("", CPU, "cuda"):
+        return (machine.own,)
+    if machine.cuda and machine.own != CPU:
         if wanted > machine.cuda:
             raise LeapfrogError.of(
                 "bad_plan", f"{wanted} ranks need {wanted} GPUs, but this machine has {machine.cuda}."
@@ -178,14 +185,14 @@ class SplitPlan:
 
     @classmethod
     def choose(
-        cls, devices: str, components: int, cfg_lanes: str = "auto", stride: int = 1, **options: Any
+        cls, devices: str, components: int, cfg_lanes: str = "auto", stride: int = 1, own: str = "", **options: Any
     ) -> SplitPlan:
         """The plan for what a user wrote on the node; ``components`` 0 means as many as there are devices for.
 
         Of the devices named, or with "auto" of those there are, two lanes of ``components`` are taken where they allow.
-        A single device makes a plan of one, whatever was asked for.
+        A single device makes a plan of one, whatever was asked for. ``own`` as in :class:`Machine`.
         """
-        machine = this_machine()
+        machine = replace(this_machine(), own=own)
         there = choose_devices(devices, 0, machine)
         if len(there) == 1:
             return cls(there)  # nothing to spread: shared workflows open everywhere
@@ -258,16 +265,18 @@ class LanesPlan:
     @classmethod
     def choose(
         cls, devices: str, lanes: int, warmup: int = 0, predictor: str = "linear", fidelity: str = "balanced",
-        bound: float = 0.0, calibrate: bool = False,
+        bound: float = 0.0, calibrate: bool = False, own: str = "",
     ) -> LanesPlan:  # fmt: skip
         """The plan for what a user wrote on the node; ``bound`` 0 means that of the ``fidelity``.
+
+        ``own`` as in :class:`Machine`.
 
         With "auto" no more devices are taken than two for each lane can use. A bound of the user's own is not
         calibrated, nor are those that no sensitivity would change.
         """
         if fidelity not in cls.FIDELITIES:
             raise LeapfrogError.of("bad_plan", f"fidelity '{fidelity}' is not one of {', '.join(cls.FIDELITIES)}.")
-        named = choose_devices(devices, 0, this_machine())
+        named = choose_devices(devices, 0, replace(this_machine(), own=own))
         if devices.strip().lower() == "auto" and lanes:
             named = named[: 2 * lanes]
         of_fidelity, eager = cls.FIDELITIES[fidelity]

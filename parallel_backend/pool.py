@@ -25,7 +25,7 @@ from .courier import HostCourier
 from .errors import ErrorReport, LeapfrogError, error_of
 from .guests import RemoteProcess
 from .launcher import RankProcess
-from .protocol import ANSWERS, Failed, Forget, FromRank, HostMessage, Payload, RankMessage, Stop
+from .protocol import ANSWERS, Failed, FromRank, HostMessage, Payload, RankMessage, Release, Stop
 from .settings import step_timeout_s
 from .tensors import Arena, laid_out
 
@@ -190,9 +190,13 @@ class Pool:
     def _forget(self, names: Sequence[str]) -> None:
         for name in names:
             self.arenas.pop(name).close()
+        self.release(Release(arenas=list(names)))
+
+    def release(self, message: Release) -> None:
+        """Tell all ranks."""
         for channel in self.channels.values():
             with contextlib.suppress(OSError):  # the next call of this rank tells why
-                channel.send(Forget(arenas=list(names)))
+                channel.send(message)
 
     def read(self, payload: Payload) -> Any:
         """A copy of a payload's tree. Raises LeapfrogError rank_error for what is none; the pool is then closed."""
@@ -283,6 +287,8 @@ class Pool:
             if call.complete and not call.wanted:
                 del self._calls[call.number]
         if not arrived:
+            for process in self.dead:  # it may owe no answer, and others wait for it
+                raise self._died(process.rank)
             if time.monotonic() > deadline:
                 raise self._late()
             tick()

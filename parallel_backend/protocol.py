@@ -193,10 +193,14 @@ class Unload(HostMessage):
     """Drop the weights; stay ready."""
 
 
-class Forget(HostMessage):
-    """The host has removed these arenas; no message speaks of them any more. There is no answer."""
+class Release(HostMessage):
+    """Give back these arenas, which the host has removed, and with ``cache`` the device's memory that no tensor uses.
+
+    There is no answer.
+    """
 
     arenas: list[Word] = []
+    cache: bool = False
 
 
 class Stop(HostMessage):
@@ -289,7 +293,7 @@ class Ok(RankMessage):
     """Plain acknowledgement."""
 
 
-FromHost = Join | Trace | Load | Evaluate | Echo | Probe | Unload | Forget | Stop
+FromHost = Join | Trace | Load | Evaluate | Echo | Probe | Unload | Release | Stop
 ANSWERS: dict[type[HostMessage], type[RankMessage]] = {
     Trace: Traced,
     Load: Loaded,

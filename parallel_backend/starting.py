@@ -84,9 +84,8 @@ def start_ranks(pool: Pool, host: ComfyHost, tick: Tick) -> None:
 
 
 def _args(host: ComfyHost, device: str) -> list[str]:
-    """ComfyUI's arguments for a rank on this device. Another machine's GPU computes though this one has none."""
-    args = [arg for arg in host.args if arg != "--cpu" or not machine_of(device)]
-    return args + (["--cpu"] if kind_of(device) == CPU and "--cpu" not in args else [])
+    """ComfyUI's arguments for a rank on this device, which may be a GPU although the host leaves GPUs alone."""
+    return [*(["--cpu"] if kind_of(device) == CPU else []), *(arg for arg in host.args if arg != "--cpu")]
 
 
 class _Start:

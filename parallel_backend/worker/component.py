@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..errors import LeapfrogError
 from ..tensors import DTYPES, flatten, unflatten
 from ..units import Flow, Output, needed_by, owner_of
 from .links import Incoming, Links
@@ -102,6 +103,12 @@ class Component:
             raise RuntimeError(f"unit {unit} read what no rank sends to this one: its flow is not what was traced")
         if seen is None or [tuple(t.shape) for t in tensors] != [tuple(shape) for _, shape in seen.tensors]:
             raise RuntimeError(f"unit {unit} returned other shapes than were traced: something changes them on the way")
+        for tensor, (dtype, _) in zip(tensors, seen.tensors, strict=True):
+            if tensor.dtype != DTYPES[dtype]:
+                here = str(tensor.dtype).removeprefix("torch.")
+                raise LeapfrogError.of(
+                    "mixed_devices", f"A rank computes in {here} on its device, but another one in {dtype} on its own."
+                )
         leaves = unit != self._layout.last
         if any(unit in wanted for wanted in self._layout.sends.values()):
             # a copy where the forward goes on: it may add to the output in place (ControlNet, VACE) before it is sent

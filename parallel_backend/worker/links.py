@@ -84,6 +84,7 @@ class Links:
         self.device = device
         self.sent = 0
         self.waited = 0.0
+        self._tells = backend != "gloo"
         self._staging = torch.device("cpu") if backend == "gloo" else device
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
         timeout = timedelta(seconds=timeout_s + PATIENCE_S)
@@ -94,6 +95,8 @@ class Links:
 
     def send(self, to: int, tensors: Sequence[torch.Tensor]) -> None:
         """Copy the tensors into one message and send it; returns before it has arrived."""
+        while self._tells and self._sending and self._sending[0][0].is_completed():
+            self._sending.popleft()
         # gloo does not say when a message has left, one can only wait for it. Of the calls in a full pipeline, two for
         # each rank, none has more messages than there are other ranks; what is older has left.
         while len(self._sending) >= 2 * self.world * (self.world - 1):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import importlib
@@ -10,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -25,7 +26,6 @@ from ..protocol import (
     Echo,
     Evaluate,
     Failed,
-    Forget,
     FromHost,
     Hello,
     HostMessage,
@@ -40,6 +40,7 @@ from ..protocol import (
     RankMessage,
     Ready,
     Recipe,
+    Release,
     Stop,
     Trace,
     Traced,
@@ -52,7 +53,7 @@ from .probe import probe
 CONNECT_TIMEOUT_S = 30.0
 MAPPED_ARENAS = 16
 HostLine = Channel[FromHost] | RankCourier
-OUT_OF_MEMORY = ("can't allocate memory", "Cannot allocate memory", "CUDA out of memory")
+OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "cublas_status_alloc_failed")
 
 
 def run_rank(orders: bytes, host_gone: Callable[[], None]) -> None:
@@ -118,8 +119,8 @@ class Rank:
                 # the process group's threads may still wait for ranks that are gone
                 sys.stdout.flush()
                 os._exit(0)
-            if isinstance(message, Forget):
-                self._forget(message.arenas)
+            if isinstance(message, Release):
+                self._release(message)
                 continue
             try:
                 with torch.inference_mode():
@@ -129,10 +130,13 @@ class Rank:
             reply.call = message.call
             self._channel.send(reply)
 
-    def _forget(self, arenas: Iterable[str]) -> None:
-        for name in arenas:
+    def _release(self, message: Release) -> None:
+        for name in message.arenas:
             if arena := self._arenas.pop(name, None):
-                arena.close()
+                with contextlib.suppress(BufferError):  # something still looks at it; it goes with the last view
+                    arena.close()
+        if message.cache and self._device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _tree(self, payload: Payload) -> Any:
         return self._arenas[payload.arena].tree(payload.spec, payload.heads)
@@ -154,6 +158,7 @@ class Rank:
         began = time.perf_counter()
         held, recipe = self._held, _own(message.recipe)
         if held is None or (held.recipe, held.cut, held.peers) != (recipe, message.cut, message.peers):
+            held = None  # or its weights would stay while others come
             self._drop()
             held = HeldDenoiser(recipe, message.cut, message.peers, self._links, self._device)
         held.patch(message.patches_id, self._tree(message.patches))
@@ -195,6 +200,8 @@ class Rank:
             result = self._held.denoiser(*args, **kwargs)
         self._step += 1
         output = self._put(result, message) if result is not None else None
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()  # or errors would come, and the clock stop, too late
         return Done(
             output=output, begin=begin, end=time.perf_counter(), waited=self._links.waited, sent=self._links.sent,
             drift=drift,
@@ -260,7 +267,7 @@ def _is_oom(error: BaseException | None) -> bool:
         return False
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     known = known or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    return known or any(said in str(error) for said in OUT_OF_MEMORY) or _is_oom(error.__cause__)
+    return known or any(said in str(error).lower() for said in OUT_OF_MEMORY) or _is_oom(error.__cause__)
 
 
 class LinesWithLevel(logging.Formatter):

@@ -266,23 +266,21 @@ def unload() -> None:
     comfy.model_management.free_memory(1e30, torch.device("cpu"))
 
 
-def test_freeing_memory_ends_the_ranks_and_the_next_prompt_starts_them():
-    model = split(load("flux"), mode="exact")
-    generate(model, Request())
-    pids = the_pool().pids
+@pytest.mark.parametrize("lanes", [False, True])
+def test_freeing_memory_frees_the_weights_and_soon_ends_the_ranks(lanes: bool, monkeypatch: pytest.MonkeyPatch):
+    supervisor.close_all()
+    model, sampler = (load("flux"), parastep(1)) if lanes else (split(load("flux"), mode="exact"), "euler")
+    generate(model, Request(), sampler)
+    pool = the_pool()
+    assert "loaded" in pool.memory
     unload()
-    assert gone(pids)
-    assert distance(generate(model, Request()), reference(Request())) < EXACT
-
-
-def test_freeing_memory_ends_the_ranks_of_lanes():
-    supervisor.close_all()  # no split knows the pool that starts now
-    sampler = parastep(1)
-    generate(load("flux"), Request(), sampler)
-    pids = the_pool().pids
+    assert "loaded" not in pool.memory
+    assert distance(generate(model, Request(), sampler), reference(Request())) < EXACT
+    assert the_pool() is pool, "who comes back soon finds the ranks"
     unload()
-    assert gone(pids)
-    assert distance(generate(load("flux"), Request(), sampler), reference(Request())) < EXACT
+    monkeypatch.setattr(supervisor, "UNUSED_S", 0.5)
+    assert gone(pool.pids)
+    assert distance(generate(model, Request(), sampler), reference(Request())) < EXACT
 
 
 def test_the_ranks_end_some_time_after_the_last_model_that_used_them(exact: Run, monkeypatch: pytest.MonkeyPatch):

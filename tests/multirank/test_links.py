@@ -10,7 +10,7 @@ import torch
 
 from generation import Request, generate
 from leapfrog.parallel_backend.protocol import Probe
-from ranks import load, split, the_pool
+from ranks import load, split, the_pool, with_lora
 
 MESSAGE = 1 << 20
 
@@ -30,7 +30,7 @@ def test_messages_that_have_left_are_given_back():
 
 @pytest.mark.parametrize("mode", ["exact", "lookahead"])
 def test_shared_memory_is_given_back_at_rest(mode: str):
-    model, request = split(load("flux"), mode=mode), Request(steps=5)
+    model, request = split(with_lora(load("flux")), mode=mode), Request(steps=5)
     before = generate(model, request)
     pool = the_pool()
     given_back = set(pool.arenas)

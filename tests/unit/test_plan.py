@@ -29,6 +29,14 @@ def test_devices_are_what_was_asked_for(text: str, wanted: int, machine: Machine
 
 
 @pytest.mark.parametrize(
+    ("own", "devices"),
+    [("cuda", ("cuda:0", "cuda:1")), ("", ("cuda:0", "cuda:1")), ("cpu", ("cpu", "cpu")), ("mps", ("mps",))],
+)
+def test_auto_goes_by_where_comfyui_computes(own: str, devices: tuple[str, ...]):
+    assert choose_devices("auto", 0, Machine(cuda=2, cores=4, own=own)) == devices
+
+
+@pytest.mark.parametrize(
     ("text", "wanted", "machine", "code", "said"),
     [
         ("gpu0", 0, TWO_GPUS, "bad_devices", "devices 'gpu0': 'gpu0' is not a device."),

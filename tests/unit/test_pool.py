@@ -102,6 +102,14 @@ class TestBlame:
             f"{report.hint}\nThe last lines of rank 0:\n  importing\n  Killed"
         )
 
+    def test_a_rank_that_died_although_it_owes_nothing(self):
+        pool = made_up(gone := MadeUpRank(0), MadeUpRank(1))
+        call = ask(pool, 1)
+        gone.exit_code = -6
+        with pytest.raises(LeapfrogError) as caught:
+            pool.wait([call], [1], 60, no_tick)
+        assert (caught.value.report.code, caught.value.report.rank) == ("rank_died", 0)
+
     @pytest.mark.parametrize(("exit_code", "code", "rank"), [(-9, "rank_died", 0), (None, "rank_error", 1)])
     def test_a_rank_that_failed_by_itself_or_because_another_died(self, exit_code: int | None, code: str, rank: int):
         pool = made_up(MadeUpRank(0, exit_code), failing := MadeUpRank(1))

@@ -17,6 +17,7 @@ def boot_comfy(args: Sequence[str]) -> torch.device:
     comfy.options.enable_args_parsing()
     import comfy.model_management
 
+    comfy.model_management.set_cudnn_benchmark()  # as main.py does, for --fast autotune
     # A rank places its own part of the weights; ComfyUI's choice for a whole model would fill the GPU first.
     comfy.model_management.unet_inital_load_device = lambda *_: torch.device("cpu")
     logging.getLogger().setLevel(logging.WARNING)

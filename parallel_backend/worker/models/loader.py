@@ -97,13 +97,14 @@ def place_weights(
     patcher: comfy.model_patcher.ModelPatcher, patches: dict[str, list[tuple]], device: torch.device
 ) -> None:
     """Bake the patches that belong to held weights and move everything to ``device``."""
-    patcher.unpatch_model(patcher.offload_device)
+    patcher.unpatch_model()
     held = {k for k, _ in patcher.model.named_parameters()}
     patcher.patches = {key: value for key, value in patches.items() if key in held}
     patcher.patch_model(device_to=device)
+    patcher.patches = {}  # they lie in memory that is the host's
 
 
 def weight_bytes(module: torch.nn.Module) -> int:
     """Bytes of all parameters and buffers, each counted once."""
     tensors = {t.data_ptr(): t for t in (*module.parameters(), *module.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    return sum(t.nbytes for t in tensors.values())

@@ -79,9 +79,14 @@ def trace(
         stem=min((w.stem for w in timed), default=0.0),
         head=min((w.head for w in timed), default=0.0),
         shared=weight_bytes(denoiser) - sum(weight_bytes(denoiser.get_submodule(name)) for name in names),
-        free=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None,
+        free=_free(device) if device.type == "cuda" else None,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     )
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that a GPU could give if this process held nothing there, as it will before it loads anew."""
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def _empty(recipe: Recipe) -> Any:
@@ -112,15 +117,32 @@ def _nothing_absent(_denoiser: torch.nn.Module) -> list[str]:
 
 
 def _keep_small_parts_on(denoiser: torch.nn.Module, names: Sequence[str], device: torch.device) -> None:
-    inside = {id(t) for name in names for t in _stored(denoiser.get_submodule(name))}
-    for tensor in _stored(denoiser):
-        if id(tensor) not in inside:
-            tensor.data = tensor.data.to(device)
+    inside = {part for name in names for part in denoiser.get_submodule(name).modules()}
+    for module in denoiser.modules():
+        parts = set(module.modules())
+        if not parts & inside:
+            module.to(device)  # a quantised layer has a way of its own
+        elif module not in inside:
+            for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+                tensor.data = tensor.data.to(device)
 
 
-def _stored(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+class Stash:
+    """A module's tensors, to put back after a visit to another device. A copy back would fill memory that they, not
+    read or mapped from the file, do not take."""
+
+    def __init__(self, module: torch.nn.Module):
+        self._held = [(part, dict(part._parameters), dict(part._buffers)) for part in module.modules()]
+        parameters = [parameter for _, some, _ in self._held for parameter in some.values() if parameter is not None]
+        self._data = [(parameter, parameter.data) for parameter in parameters]
+
+    def put_back(self) -> None:
+        for part, parameters, buffers in self._held:
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
+        for parameter, data in self._data:
+            if (parameter.device, parameter.dtype) != (data.device, data.dtype):
+                parameter.data = data
 
 
 class Watch(TorchFunctionMode):
@@ -181,6 +203,7 @@ class Watch(TorchFunctionMode):
                 self.reads[index] |= marks_of((args, kwargs)) - {index}
                 self._inside = True
             if self._moving:
+                self._visiting = Stash(module)
                 module.to(self._device)
             self._begin = self._now()
 
@@ -195,7 +218,7 @@ class Watch(TorchFunctionMode):
                 for tensor in tensors_of(output):
                     setattr(tensor, MARK, frozenset((index,)))
             if self._moving:
-                module.to("cpu")
+                self._visiting.put_back()
             self._since = self._now()
 
         return done

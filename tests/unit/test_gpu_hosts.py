@@ -1,0 +1,115 @@
+"""What matters only where ComfyUI computes on a GPU, as far as it shows without one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.cli_args
+import comfy.model_management
+import pytest
+import torch
+
+from leapfrog.nodes import AsyncUNetSplit
+from leapfrog.nodes.recipe import COMPUTE_ARGS, compute_args
+from leapfrog.nodes.rounds_sampler import _make_room
+from leapfrog.parallel_backend import plan
+from leapfrog.parallel_backend.plan import Machine
+from leapfrog.parallel_backend.worker.models.trace import Stash
+from ranks import load
+
+OPTIONS = {action.dest: action.option_strings for action in comfy.cli_args.parser._actions}
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A MODEL whose host has two GPUs and computes on the first."""
+    monkeypatch.setattr(plan, "this_machine", lambda: Machine(cuda=2, cores=4))
+    made = load("flux").clone()
+    made.load_device = GPU
+    return made
+
+
+@pytest.mark.parametrize("name", COMPUTE_ARGS)
+def test_a_rank_parses_what_the_host_was_told(name: str):
+    told = comfy.cli_args.parser.parse_args([OPTIONS[name][0]])
+    again = comfy.cli_args.parser.parse_args(compute_args(told))
+    assert getattr(again, name)
+    assert vars(again) == vars(told)
+
+
+@pytest.mark.parametrize("words", [["autotune"], ["fp16_accumulation", "autotune"]])
+def test_a_rank_is_as_fast_as_the_host(words: list[str]):
+    told = comfy.cli_args.parser.parse_args(["--fast", *words])
+    again = comfy.cli_args.parser.parse_args(compute_args(told))
+    assert set(again.fast) == set(told.fast) != set()
+    assert compute_args(comfy.cli_args.parser.parse_args([])) == ()
+
+
+class Handle:
+    """Memory that must have one owner."""
+
+    def __deepcopy__(self, _memo: Any) -> Handle:
+        raise AssertionError("copied")
+
+
+def test_what_the_memory_manager_hangs_on_a_denoiser_is_not_copied(model: Any):
+    layer = next(part for part in model.model.diffusion_model.modules() if isinstance(part, torch.nn.Linear))
+    hung = {"_v": (Handle(), 1), "_pin_state": {"weights": Handle()}, "_pins": {}, "_v_signature": layer.in_features,
+            "weight_lowvram_function": Handle(), "bias_lowvram_function": None}  # fmt: skip
+    vars(layer).update(hung)
+    try:
+        shell = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0].model.diffusion_model
+        assert {name: vars(layer)[name] for name in hung} == hung
+    finally:
+        for name in hung:
+            delattr(layer, name)
+    names = {name for part in shell.modules() for name in vars(part)}
+    assert not names & set(hung)
+    twin = next(part for part in shell.modules() if isinstance(part, torch.nn.Linear))
+    assert (twin.in_features, twin.out_features) == (layer.in_features, layer.out_features)
+
+
+@pytest.mark.parametrize(("devices", "components", "share"), [("0,1", 2, 0.5), ("1,0", 2, 0.5), ("0,1", 1, 1.0)])
+def test_comfyui_is_asked_for_the_room_that_ranks_need(model: Any, devices: str, components: int, share: float):
+    made = AsyncUNetSplit.execute(model, devices, components, 0, 1, "exact").args[0]
+    whole = comfy.model_management.module_size(model.model.diffusion_model)
+    assert made.model_size() == int(share * whole)
+    made.load_device = torch.device("cuda", 2)
+    assert made.model_size() == 0
+
+
+def test_less_memory_than_the_whole_denoiser_needs_is_no_reason_to_unload(model: Any, monkeypatch: pytest.MonkeyPatch):
+    made = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0]
+    monkeypatch.setattr(made.denoiser, "unload", lambda: pytest.fail("unloaded"))
+    made.partially_load(GPU, extra_memory=-1e9)
+
+
+def test_calls_are_not_divided_for_want_of_memory_while_ranks_compute(model: Any):
+    made = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0]
+    before = made.model.memory_required([2, 16, 64, 64])
+    made.pre_run()
+    assert made.model.memory_required([2, 16, 64, 64]) == 0
+    made.cleanup()
+    assert made.model.memory_required([2, 16, 64, 64]) == before > 0
+
+
+@pytest.mark.parametrize(("held", "rounds"), [(0, 1), (1, 0)])
+def test_lanes_get_room_before_they_load(model: Any, held: int, rounds: int, monkeypatch: pytest.MonkeyPatch):
+    asked: list[float] = []
+    monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, *_, **__: asked.append(size))
+    _make_room(model, SimpleNamespace(devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: held))  # type: ignore[arg-type]
+    assert len(asked) == rounds
+    assert all(size > model.model_size() for size in asked)
+
+
+def test_a_unit_comes_back_from_a_gpu_as_it_was():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    before = {name: tensor.data_ptr() for name, tensor in module.state_dict().items()}
+    stash = Stash(module)
+    module.to(torch.float64)  # as another device, it gives every tensor other memory
+    assert module[0].weight.dtype == torch.float64
+    stash.put_back()
+    assert {name: tensor.data_ptr() for name, tensor in module.state_dict().items()} == before
+    assert module[0].weight.dtype == module[1].running_mean.dtype == torch.float32
