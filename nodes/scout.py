@@ -23,8 +23,12 @@ class Question:
     sigma: torch.Tensor
     args: dict[str, Any]
 
-    @cached_property
+    @property
     def level(self) -> float:
+        return self._level
+
+    @cached_property
+    def _level(self) -> float:
         return float(self.sigma.flatten()[0])
 
 

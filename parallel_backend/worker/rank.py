@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -131,10 +131,8 @@ class Rank:
             self._channel.send(reply)
 
     def _release(self, message: Release) -> None:
-        for name in message.arenas:
-            if arena := self._arenas.pop(name, None):
-                with contextlib.suppress(BufferError):  # something still looks at it; it goes with the last view
-                    arena.close()
+        if isinstance(self._arenas, Attached):
+            self._arenas.detach(message.arenas)
         if message.cache and self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -241,6 +239,12 @@ class Attached(dict[str, Arena]):
             self.pop(next(iter(self))).close()
         self[name] = Arena.attach(name)
         return self[name]
+
+    def detach(self, names: Iterable[str]) -> None:
+        for name in names:
+            if arena := self.pop(name, None):
+                with contextlib.suppress(BufferError):  # something still looks at it; it goes with the last view
+                    arena.close()
 
 
 def _own(recipe: Recipe) -> Recipe:

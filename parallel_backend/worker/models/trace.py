@@ -167,6 +167,7 @@ class Watch(TorchFunctionMode):
         self._marking = marking
         self._moving = moving and device.type != "cpu"
         self._inside = False
+        self._visiting: Stash | None = None
         self._since = 0.0
         self._begin = 0.0
         self._before = 0.0
@@ -217,7 +218,7 @@ class Watch(TorchFunctionMode):
                 self.outputs[index] = describe(output, self._names[index])
                 for tensor in tensors_of(output):
                     setattr(tensor, MARK, frozenset((index,)))
-            if self._moving:
+            if self._visiting:
                 self._visiting.put_back()
             self._since = self._now()
 
