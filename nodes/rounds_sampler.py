@@ -22,7 +22,7 @@ from .ahead import AheadSampler, Wave, check_sampler, sampler_name
 from .one_call import as_one, can_be_one, lanes_of
 from .recipe import comfy_host, patches_of, recipe_of
 from .scout import Outputs, Question
-from .standin import StandInPatcher, remote_twin
+from .standin import StandInPatcher, let_go, remote_twin
 
 
 def in_rounds(plan: LanesPlan, base: Any, tell: Callable[[str], None] = lambda text: None) -> Any:
@@ -149,14 +149,14 @@ class LaneWave(Wave):
 
 
 def _close_with(patcher: comfy.model_patcher.ModelPatcher, denoiser: LanesDenoiser) -> None:
-    """Release the ranks when ComfyUI unloads the MODEL whose weights they hold (/free, "unload models")."""
+    """Let the ranks go when ComfyUI unloads the MODEL whose weights they hold (/free, "unload models")."""
     kind = comfy.patcher_extension.CallbacksMP.ON_DETACH
     known = weakref.ref(denoiser)
 
     def on_detach(_patcher: Any, unpatch_all: bool) -> None:
         still_there = known()
         if unpatch_all and still_there:
-            still_there.release()
+            let_go(still_there)
 
     patcher.remove_callbacks_with_key(kind, "leapfrog")
     patcher.add_callback_with_key(kind, "leapfrog", on_detach)

@@ -17,8 +17,9 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS
+from comfy_execution.utils import get_executing_context
 
-from ..parallel_backend import SplitDenoiser
+from ..parallel_backend import LanesDenoiser, SplitDenoiser
 from .host_weights import refuse_host_weights
 from .lookahead_sampler import look_ahead
 from .recipe import reshaped_by
@@ -108,9 +109,17 @@ class Original(NamedTuple):
     inplace_update: bool = False
 
 
+def let_go(denoiser: SplitDenoiser | LanesDenoiser) -> None:
+    """ComfyUI has unloaded the MODEL of these ranks: for good, or to make room for another one of the same prompt."""
+    if get_executing_context():
+        denoiser.release()
+    else:
+        denoiser.close()
+
+
 class StandInPatcher(comfy.model_patcher.ModelPatcher):
     """A MODEL whose weights are in the pool. ComfyUI's memory manager sees what the pool holds on the host's device
-    and can free it: that means the weights in the ranks and, where it asks for all, soon the ranks themselves."""
+    and can free it: the weights in the ranks, or the ranks themselves (:func:`let_go`)."""
 
     @classmethod
     def of(cls, model: comfy.model_patcher.ModelPatcher, denoiser: SplitDenoiser) -> StandInPatcher:
@@ -189,7 +198,7 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
     def detach(self, unpatch_all: bool = True) -> Any:
         result = super().detach(unpatch_all)
         if unpatch_all:
-            self.denoiser.release()
+            let_go(self.denoiser)
         return result
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup | None) -> None:

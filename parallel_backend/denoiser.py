@@ -124,10 +124,7 @@ class RemoteDenoiser:
         self._pool = None
 
     def release(self) -> None:
-        """Drop the weights in the ranks, and let those end if nobody comes back for them (``supervisor.UNUSED_S``).
-
-        ComfyUI asks for all memory also where it only makes room for what comes before the next sampling.
-        """
+        """Drop the weights in the ranks, which end if nobody comes back for them (``supervisor.UNUSED_S``)."""
         self.unload()
         if self._pool:
             self._pool.users.discard(self)

@@ -19,6 +19,7 @@ import comfy.sd
 import psutil
 import pytest
 import torch
+from comfy_execution.utils import CurrentNodeContext
 
 import tiny_models
 from generation import Request, distance, generate
@@ -267,20 +268,27 @@ def unload() -> None:
 
 
 @pytest.mark.parametrize("lanes", [False, True])
-def test_freeing_memory_frees_the_weights_and_soon_ends_the_ranks(lanes: bool, monkeypatch: pytest.MonkeyPatch):
+def test_freeing_memory_ends_the_ranks_but_making_room_for_a_node_does_not(
+    lanes: bool, monkeypatch: pytest.MonkeyPatch
+):
     supervisor.close_all()
     model, sampler = (load("flux"), parastep(1)) if lanes else (split(load("flux"), mode="exact"), "euler")
     generate(model, Request(), sampler)
     pool = the_pool()
     assert "loaded" in pool.memory
-    unload()
+    with CurrentNodeContext("prompt", "node"):
+        unload()
     assert "loaded" not in pool.memory
     assert distance(generate(model, Request(), sampler), reference(Request())) < EXACT
     assert the_pool() is pool, "who comes back soon finds the ranks"
     unload()
-    monkeypatch.setattr(supervisor, "UNUSED_S", 0.5)
     assert gone(pool.pids)
     assert distance(generate(model, Request(), sampler), reference(Request())) < EXACT
+    pool = the_pool()
+    monkeypatch.setattr(supervisor, "UNUSED_S", 0.5)
+    with CurrentNodeContext("prompt", "node"):
+        unload()
+    assert gone(pool.pids)
 
 
 def test_the_ranks_end_some_time_after_the_last_model_that_used_them(exact: Run, monkeypatch: pytest.MonkeyPatch):
