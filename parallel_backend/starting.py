@@ -168,6 +168,13 @@ def backend_of(devices: Sequence[str]) -> tuple[str, str]:
         return "gloo", "through host memory, because ranks are on the CPU"
     if not dist.is_available() or not dist.is_nccl_available():
         return "gloo", "through host memory, because this torch has no NCCL"
-    if len(set(devices)) < len(devices) and os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") != "1":
+    if len(set(devices)) < len(devices) and not _nccl_shares_gpus():
         return "gloo", "through host memory, because NCCL serves one rank for each GPU only"
     return "nccl", "because each rank has a GPU and this torch has NCCL"
+
+
+def _nccl_shares_gpus() -> bool:
+    """Whether NCCL was asked to serve several ranks on a GPU, and is new enough for it."""
+    import torch.cuda.nccl
+
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and torch.cuda.nccl.version() >= (2, 30)
