@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,9 +19,10 @@ import torch
 from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError
 from .ahead import AheadSampler, Wave, check_sampler, sampler_name
 from .one_call import as_one, can_be_one, lanes_of
+from .ranks_memory import LanesMemory
 from .recipe import comfy_host, patches_of, recipe_of
 from .scout import Outputs, Question
-from .standin import StandInPatcher, let_go, remote_twin
+from .standin import StandInPatcher, remote_twin
 
 
 def in_rounds(plan: LanesPlan, base: Any, tell: Callable[[str], None] = lambda text: None) -> Any:
@@ -47,6 +47,7 @@ class RoundsSampler(AheadSampler):
         self.plan = plan
         self._tell = tell
         self._denoiser: LanesDenoiser | None = None
+        self._memory: LanesMemory | None = None
         self._notes: list[str] = []
 
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
@@ -114,12 +115,11 @@ class RoundsSampler(AheadSampler):
                 "unsupported_patch", "This MODEL went through MultiGPU CFG Split; use one of the two."
             )
         recipe = recipe_of(patcher)
-        if self._denoiser is None or self._denoiser.recipe != recipe:
+        if self._denoiser is None or self._memory is None or self._denoiser.recipe != recipe:
             self._denoiser = self.engine(self.plan, recipe, comfy_host())
+            self._memory = LanesMemory(patcher, self._denoiser)
         self._denoiser.check_patches(patches_of(patcher))
-        _close_with(patcher, self._denoiser)
-        if patcher.load_device.type == "cuda":
-            _make_room(patcher, self._denoiser)
+        self._memory.announce(patcher)
         return self._denoiser
 
 
@@ -146,32 +146,6 @@ class LaneWave(Wave):
     def _go_on(self) -> None:
         self._denoiser.wait(self.pending, comfy.model_management.throw_exception_if_processing_interrupted)
         self.resume()
-
-
-def _close_with(patcher: comfy.model_patcher.ModelPatcher, denoiser: LanesDenoiser) -> None:
-    """Let the ranks go when ComfyUI unloads the MODEL whose weights they hold (/free, "unload models")."""
-    kind = comfy.patcher_extension.CallbacksMP.ON_DETACH
-    known = weakref.ref(denoiser)
-
-    def on_detach(_patcher: Any, unpatch_all: bool) -> None:
-        still_there = known()
-        if unpatch_all and still_there:
-            let_go(still_there)
-
-    patcher.remove_callbacks_with_key(kind, "leapfrog")
-    patcher.add_callback_with_key(kind, "leapfrog", on_detach)
-
-
-def _make_room(patcher: comfy.model_patcher.ModelPatcher, denoiser: LanesDenoiser) -> None:
-    """Free the GPU of what ranks need it for: the weights that ComfyUI has just put there, and, before there are ranks,
-    everything else."""
-    patcher.partially_unload(torch.device("cpu"), patcher.loaded_size())
-    here = f"{patcher.load_device.type}:{patcher.load_device.index or 0}"
-    if here in denoiser.devices and not denoiser.loaded_bytes(denoiser.devices.index(here)):
-        own = [one for one in comfy.model_management.current_loaded_models if one.model and one.model.is_clone(patcher)]
-        room = 1.1 * patcher.model_size() + comfy.model_management.minimum_inference_memory()
-        comfy.model_management.free_memory(room, patcher.load_device, keep_loaded=own)
-    comfy.model_management.soft_empty_cache()
 
 
 @contextmanager

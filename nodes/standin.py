@@ -17,11 +17,11 @@ import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS
-from comfy_execution.utils import get_executing_context
 
-from ..parallel_backend import LanesDenoiser, SplitDenoiser
+from ..parallel_backend import SplitDenoiser
 from .host_weights import refuse_host_weights
 from .lookahead_sampler import look_ahead
+from .ranks_memory import RanksPatcher
 from .recipe import reshaped_by
 from .remote_forward import RUN, Remote, Run, evaluate, run_wrapped
 
@@ -109,17 +109,8 @@ class Original(NamedTuple):
     inplace_update: bool = False
 
 
-def let_go(denoiser: SplitDenoiser | LanesDenoiser) -> None:
-    """ComfyUI has unloaded the MODEL of these ranks: for good, or to make room for another one of the same prompt."""
-    if get_executing_context():
-        denoiser.release()
-    else:
-        denoiser.close()
-
-
-class StandInPatcher(comfy.model_patcher.ModelPatcher):
-    """A MODEL whose weights are in the pool. ComfyUI's memory manager sees what the pool holds on the host's device
-    and can free it: the weights in the ranks, or the ranks themselves (:func:`let_go`)."""
+class StandInPatcher(RanksPatcher):
+    """A MODEL whose weights are in ranks."""
 
     @classmethod
     def of(cls, model: comfy.model_patcher.ModelPatcher, denoiser: SplitDenoiser) -> StandInPatcher:
@@ -148,27 +139,11 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
     def denoiser(self) -> SplitDenoiser:
         return self.model.__dict__["leapfrog"]
 
-    def is_dynamic(self) -> bool:
-        return False
-
-    def model_size(self) -> int:
-        """Bytes on the host's device that ComfyUI has to find room for: before the ranks load, what they may need."""
-        here = self.denoiser.devices.count(self._here())
-        return self.loaded_size() or (here and here * self._largest_component())
-
-    def _largest_component(self) -> int:
-        lane = self.denoiser.plan.lanes(guided=True, whole_fits=True)[0]
-        weights = comfy.model_management.module_size(self.model.diffusion_model)
-        return weights // (self.denoiser.plan.degree or len(lane))
-
-    def _here(self) -> str:
-        """The host's device as plans name it."""
-        return str(self.load_device) if self.load_device.index is not None else f"{self.load_device}:0"
-
-    def loaded_size(self) -> int:
-        """Bytes of the ranks' weights on the host's device."""
-        here = self._here()
-        return sum(self.denoiser.loaded_bytes(r) for r, d in enumerate(self.denoiser.devices) if d == here)
+    @property
+    def largest_share(self) -> int:
+        plan = self.denoiser.plan
+        lane = plan.lanes(guided=True, whole_fits=True)[0]
+        return comfy.model_management.module_size(self.model.diffusion_model) // (plan.degree or len(lane))
 
     def load(self, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
              full_load: bool = False) -> None:  # fmt: skip
@@ -185,21 +160,6 @@ class StandInPatcher(comfy.model_patcher.ModelPatcher):
         self.model.current_weight_patches_uuid = self.patches_uuid
         for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
             callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
-
-    def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
-        # less than nothing is what the host would have to free for the whole denoiser's evaluation, which is not here
-        return super().partially_load(device_to, max(0, extra_memory), force_patch_weights)
-
-    def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
-        freed = self.loaded_size()
-        self.denoiser.unload()
-        return freed
-
-    def detach(self, unpatch_all: bool = True) -> Any:
-        result = super().detach(unpatch_all)
-        if unpatch_all:
-            let_go(self.denoiser)
-        return result
 
     def patch_hooks(self, hooks: comfy.hooks.HookGroup | None) -> None:
         """Remember the hooks of the conditioning that comes next; the ranks bake them into their weights."""

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from leapfrog.nodes import AsyncUNetSplit
+from leapfrog.nodes.ranks_memory import LanesMemory
 from leapfrog.nodes.recipe import COMPUTE_ARGS, compute_args
-from leapfrog.nodes.rounds_sampler import _make_room
 from leapfrog.parallel_backend import plan
 from leapfrog.parallel_backend.plan import Machine
 from leapfrog.parallel_backend.worker.models.trace import Stash
@@ -95,13 +95,29 @@ def test_calls_are_not_divided_for_want_of_memory_while_ranks_compute(model: Any
     assert made.model.memory_required([2, 16, 64, 64]) == before > 0
 
 
-@pytest.mark.parametrize(("held", "rounds"), [(0, 1), (1, 0)])
-def test_lanes_get_room_before_they_load(model: Any, held: int, rounds: int, monkeypatch: pytest.MonkeyPatch):
-    asked: list[float] = []
-    monkeypatch.setattr(comfy.model_management, "free_memory", lambda size, *_, **__: asked.append(size))
-    _make_room(model, SimpleNamespace(devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: held))  # type: ignore[arg-type]
-    assert len(asked) == rounds
+@pytest.mark.parametrize(("held", "asked_for"), [(0, 1), (5, 0)])
+def test_lanes_get_room_before_they_load_and_the_memory_manager_knows_of_them(
+    model: Any, held: int, asked_for: int, monkeypatch: pytest.MonkeyPatch
+):
+    manager, asked = comfy.model_management, list[float]()
+    monkeypatch.setattr(manager, "current_loaded_models", [])
+    monkeypatch.setattr(manager, "free_memory", lambda size, *_, **__: asked.append(size))
+    unloaded: list[bool] = []
+    lanes: Any = SimpleNamespace(
+        devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: held * rank, unload=lambda: unloaded.append(True),
+    )  # fmt: skip
+    memory = LanesMemory(model, lanes)
+    for _ in range(2):
+        memory.announce(model)
+    assert len(asked) == 2 * asked_for
     assert all(size > model.model_size() for size in asked)
+    (known,) = manager.current_loaded_models
+    assert (known.model, known.device) == (memory, GPU)
+    assert memory.model_size() == (held or model.model_size())
+    assert memory.loaded_size() == held
+    if held:
+        assert not known.model_unload(held - 1), "asked for part of it, all ranks give theirs back and stay"
+        assert unloaded
 
 
 def test_a_unit_comes_back_from_a_gpu_as_it_was():

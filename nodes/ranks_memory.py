@@ -1,0 +1,96 @@
+"""What ranks hold on the host's own device, as ComfyUI's memory manager sees it and can have it back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import torch
+from comfy_execution.utils import get_executing_context
+
+from ..parallel_backend import LanesDenoiser, SplitDenoiser
+
+
+class RanksPatcher(comfy.model_patcher.ModelPatcher):
+    """A patcher whose weights are in ranks; the memory manager can have the weights freed, or the ranks ended."""
+
+    @property
+    def denoiser(self) -> SplitDenoiser | LanesDenoiser:
+        raise NotImplementedError
+
+    @property
+    def largest_share(self) -> int:
+        """Bytes of weights that a rank may come to hold."""
+        raise NotImplementedError
+
+    @property
+    def ranks_here(self) -> list[int]:
+        """The ranks on the host's device."""
+        here = str(self.load_device) if self.load_device.index is not None else f"{self.load_device}:0"
+        return [rank for rank, device in enumerate(self.denoiser.devices) if device == here]
+
+    def is_dynamic(self) -> bool:
+        return False
+
+    def model_size(self) -> int:
+        """Bytes on the host's device that room has to be found for: before the ranks load, what they may need."""
+        return self.loaded_size() or sum(self.largest_share for _ in self.ranks_here)
+
+    def loaded_size(self) -> int:
+        """Bytes of the ranks' weights on the host's device."""
+        return sum(map(self.denoiser.loaded_bytes, self.ranks_here))
+
+    def partially_load(self, device_to: Any, extra_memory: int = 0, force_patch_weights: bool = False) -> int:
+        # less than nothing is what the host would have to free for the whole denoiser's evaluation, which is not here
+        return super().partially_load(device_to, max(0, extra_memory), force_patch_weights)
+
+    def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
+        freed = self.loaded_size()
+        self.denoiser.unload()
+        return freed
+
+    def detach(self, unpatch_all: bool = True) -> Any:
+        """For good, which ends the ranks, or to make room for something else of the prompt that is executed."""
+        result = super().detach(unpatch_all)
+        if unpatch_all and get_executing_context():
+            self.denoiser.release()
+        elif unpatch_all:
+            self.denoiser.close()
+        return result
+
+
+class LanesMemory(RanksPatcher):
+    """Stands for the ranks of ParaStep, which hold the weights of a MODEL that the host has, too."""
+
+    def __init__(self, model: comfy.model_patcher.ModelPatcher, denoiser: LanesDenoiser):
+        super().__init__(torch.nn.Module(), model.load_device, torch.device("cpu"))
+        self._denoiser = denoiser
+        self._share = model.model_size()
+
+    @property
+    def denoiser(self) -> LanesDenoiser:
+        return self._denoiser
+
+    @property
+    def largest_share(self) -> int:
+        return self._share
+
+    def announce(self, model: comfy.model_patcher.ModelPatcher) -> None:
+        """Free the host's GPU of what the ranks need it for, and have the memory manager know of them.
+
+        That is its own copy of the weights, which it has just put there, and, before ranks have loaded, what else lies
+        there; not the MODEL itself, which is in use.
+        """
+        manager = comfy.model_management
+        if self.load_device.type == "cuda":
+            model.partially_unload(torch.device("cpu"), model.loaded_size())
+            if self.ranks_here and not self.loaded_size():
+                in_use = [one for one in manager.current_loaded_models if one.model and one.model.is_clone(model)]
+                room = 1.1 * self.model_size() + manager.minimum_inference_memory()
+                manager.free_memory(room, self.load_device, keep_loaded=in_use)
+            manager.soft_empty_cache()
+        known = manager.LoadedModel(self)
+        if known not in manager.current_loaded_models:
+            known.model_load()
+            manager.current_loaded_models.insert(0, known)
