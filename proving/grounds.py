@@ -68,6 +68,7 @@ def wan(file: Path = WEIGHTS / "moving_wan.safetensors") -> Ground:
 
     vae = load_vae()
 
+    @torch.inference_mode()
     def decode(latents: Tensor) -> Tensor:
         return vae.decode(latents.movedim(2, 1).flatten(0, 1)).clamp(0, 1).unflatten(0, (len(latents), -1))
 
@@ -98,9 +99,14 @@ def _drawn(title: str, file: Path, scheduler: str) -> Ground:
     from shapes import HELD_OUT, TRAINED
 
     vae, network = load_vae(), load()
+
+    @torch.inference_mode()
+    def decode(latents: Tensor) -> Tensor:
+        return vae.decode(latents).clamp(0, 1)
+
     return Ground(
         title, comfy.sd.load_diffusion_model(str(file)), (16, 16, 16), Settings(20, 3.0, "euler", scheduler), HELD_OUT,
-        TRAINED, lambda latents: vae.decode(latents).clamp(0, 1), lambda decoded: judge(decoded, network),
+        TRAINED, decode, lambda decoded: judge(decoded, network),
     )  # fmt: skip
 
 

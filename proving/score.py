@@ -72,9 +72,8 @@ def main() -> None:
     start = time.monotonic()
     made = sample(ground.model, ground.latent, settings, Prompts(args.clip), [a.caption for a in wanted], seeds)
     print(f"{len(made)} samples, {time.monotonic() - start:.0f} s")
-    with torch.inference_mode():
-        decoded = ground.decode(made)
-        pictures = ground.pictures(decoded)
+    decoded = ground.decode(made)
+    pictures = ground.pictures(decoded)
     asked = [a for a in wanted for _ in seeds]
     tell(asked, ground.judge(decoded))
     if args.name in ("flux", "unet"):

@@ -155,15 +155,10 @@ class Bench:
         """What ComfyUI alone makes."""
         return self.sampled(self.ground.model, steps, sampler)
 
-    @torch.inference_mode()
-    def decoded(self, made: torch.Tensor) -> torch.Tensor:
-        """What the judge judges, of latents."""
-        return self.ground.decode(made)
-
     @cache  # noqa: B019
     def pictures(self, sampler: str, steps: int) -> torch.Tensor:
         """What ComfyUI alone makes, to compare with."""
-        return self.ground.pictures(self.decoded(self.alone(sampler, steps)))
+        return self.ground.pictures(self.ground.decode(self.alone(sampler, steps)))
 
     @cache  # noqa: B019
     def cached(self, threshold: float, steps: int) -> tuple[torch.Tensor, float]:
@@ -194,7 +189,7 @@ class Bench:
 
     def row(self, title: str, degree: int | None, steps: int, of: int, speed: float, made: torch.Tensor) -> Row:
         """A line of the table: ``made`` took ``steps`` and is compared with ``of`` steps of ComfyUI alone."""
-        decoded = self.decoded(made)
+        decoded = self.ground.decode(made)
         right = sum(a == b for a, b in zip(self.asked, self.ground.judge(decoded), strict=True))
         pictures = self.ground.pictures(decoded), self.pictures(self.sampler, of), self.pictures(*CONVERGED)
         return compared(title, degree, steps, of, speed, made, self.alone(self.sampler, of), *pictures, right)
