@@ -74,7 +74,7 @@ class RemoteDenoiser:
         laid_out(patches[1], "weight patches")
 
     def begin_run(self) -> None:
-        """Release stale state; call before the first step of every sampling run."""
+        """Forget stale state; call before the first step of every sampling run."""
         self.report = RunReport(self.title, self.devices)
 
     def end_run(self) -> None:

@@ -33,7 +33,7 @@ FROM_HOST = [
     protocol.Load(3, RECIPE, protocol.Cut(["a", "b"], [(0, 0), (1, 1)]), [0, 1], PAYLOAD, "id"),
     protocol.Evaluate(4, PAYLOAD, 4096, 64, 9, 1, 2, FLOW, False, True, True),
     protocol.Echo(5, PAYLOAD, 1, 2), protocol.Unload(6), protocol.Stop(7),
-    protocol.Release(8, ["psm_x", "psm_y"]),
+    protocol.Release(8, ["psm_x", "psm_y"], True),
 ]  # fmt: skip
 FROM_RANK = [
     protocol.Hello(0, 3), protocol.Ready(1, 5), protocol.Loaded(3, 9, 1, ["a"], 0.25), protocol.Ok(6),
