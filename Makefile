@@ -5,7 +5,7 @@ ifdef COMFYUI_DIR  # a user's own checkout: nothing is written into it, no bytec
 export PYTHONDONTWRITEBYTECODE := 1
 endif
 
-UNDISTURBED := tests/unit tests/multirank
+UNDISTURBED := tests/multirank tests/unit
 
 .PHONY: demo test lint bench quality families faults soak fuzz setup clean distclean
 .DEFAULT_GOAL := demo

@@ -55,15 +55,6 @@ def test_extrapolated_states_are_closer_than_stale_ones():
     assert fidelity(mode="extrapolated", warmup=3) > fidelity(mode="asyncdiff", warmup=3) + 3
 
 
-def test_three_components_look_two_steps_ahead():
-    assert fidelity(mode="lookahead", ranks=3, warmup=0) > 40
-
-
-def test_two_steps_per_parallel_batch():
-    striding = fidelity(mode="asyncdiff", ranks=2, stride=2, devices=3, warmup=3)
-    assert 15 < striding < fidelity(mode="asyncdiff", warmup=3)
-
-
 def test_time_shift_changes_asynchronous_steps_only():
     assert fidelity(mode="asyncdiff", warmup=3, time_shift=True) != fidelity(mode="asyncdiff", warmup=3)
     assert fidelity(mode="exact", time_shift=True) > 100
@@ -136,8 +127,8 @@ def test_waves_end_with_a_run_that_is_cancelled():
     assert trained.psnr(trained.pictures(model, STEPS), alone()) > 50
 
 
-@pytest.mark.parametrize(("ranks", "components"), [(2, 1), (4, 2)])
 @pytest.mark.parametrize("family", ["flux", "unet"])
+@pytest.mark.parametrize(("ranks", "components"), [(2, 1), (4, 2)])
 def test_conditionings_on_lanes_of_their_own_are_exact(family: str, ranks: int, components: int):
     for request in (Request(family), Request(family, batch=2), Request(family, cfg=1.0)):
         model = split(load(family), ranks=ranks, components=components, mode="exact", cfg_lanes="on")
@@ -156,3 +147,12 @@ def test_a_cut_by_hand(caplog: pytest.LogCaptureFixture):
     assert "double_blocks.0 to double_blocks.0" in text
     assert "double_blocks.1 to single_blocks.2" in text
     assert "single_blocks.3 to single_blocks.3" in text
+
+
+def test_three_components_look_two_steps_ahead():
+    assert fidelity(mode="lookahead", ranks=3, warmup=0) > 40
+
+
+def test_two_steps_per_parallel_batch():
+    striding = fidelity(mode="asyncdiff", ranks=2, stride=2, devices=3, warmup=3)
+    assert 15 < striding < fidelity(mode="asyncdiff", warmup=3)
