@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -94,3 +96,16 @@ class LanesMemory(RanksPatcher):
         if known not in manager.current_loaded_models:
             known.model_load()
             manager.current_loaded_models.insert(0, known)
+
+
+@contextmanager
+def takes_no_memory(base: Any) -> Iterator[None]:
+    """ComfyUI makes several calls of what does not fit the host's device, which is not where it is computed."""
+    own = base.__dict__.get("memory_required")
+    base.memory_required = lambda *args, **kwargs: 0.0
+    try:
+        yield
+    finally:
+        del base.memory_required
+        if own:
+            base.memory_required = own

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError
 from .ahead import AheadSampler, Wave, check_sampler, sampler_name
 from .one_call import as_one, can_be_one, lanes_of
-from .ranks_memory import LanesMemory
+from .ranks_memory import LanesMemory, takes_no_memory
 from .recipe import comfy_host, patches_of, recipe_of
 from .scout import Outputs, Question
 from .standin import StandInPatcher, remote_twin
@@ -46,13 +45,16 @@ class RoundsSampler(AheadSampler):
         super().__init__(base)
         self.plan = plan
         self._tell = tell
-        self._denoiser: LanesDenoiser | None = None
         self._memory: LanesMemory | None = None
         self._notes: list[str] = []
 
+    @property
+    def _denoiser(self) -> LanesDenoiser | None:
+        return self._memory.denoiser if self._memory else None
+
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model
-        self._denoiser = denoiser = self._denoiser_for(guider.model_patcher)
+        denoiser = self._denoiser_for(guider.model_patcher)
         args = extra_args or {}
         base = guider.inner_model
         twin = remote_twin(base, copy.copy(base.diffusion_model), denoiser)
@@ -60,7 +62,7 @@ class RoundsSampler(AheadSampler):
         denoiser.begin_run()
         self._notes.clear()
         try:
-            with _takes_no_memory(base):
+            with takes_no_memory(base):
                 args = {**args, "model_options": through}
                 result = super()._sample(model, x, sigmas, args, callback, disable, **options)
             assert self.last_run
@@ -115,12 +117,12 @@ class RoundsSampler(AheadSampler):
                 "unsupported_patch", "This MODEL went through MultiGPU CFG Split; use one of the two."
             )
         recipe = recipe_of(patcher)
-        if self._denoiser is None or self._memory is None or self._denoiser.recipe != recipe:
-            self._denoiser = self.engine(self.plan, recipe, comfy_host())
-            self._memory = LanesMemory(patcher, self._denoiser)
-        self._denoiser.check_patches(patches_of(patcher))
-        self._memory.announce(patcher)
-        return self._denoiser
+        memory = self._memory
+        if memory is None or memory.denoiser.recipe != recipe:
+            memory = self._memory = LanesMemory(patcher, self.engine(self.plan, recipe, comfy_host()))
+        memory.denoiser.check_patches(patches_of(patcher))
+        memory.announce(patcher)
+        return memory.denoiser
 
 
 class LaneWave(Wave):
@@ -146,19 +148,6 @@ class LaneWave(Wave):
     def _go_on(self) -> None:
         self._denoiser.wait(self.pending, comfy.model_management.throw_exception_if_processing_interrupted)
         self.resume()
-
-
-@contextmanager
-def _takes_no_memory(base: Any) -> Iterator[None]:
-    """ComfyUI makes several calls of what does not fit the host's device, which is not where it is computed."""
-    own = base.__dict__.get("memory_required")
-    base.memory_required = lambda *args, **kwargs: 0.0
-    try:
-        yield
-    finally:
-        del base.memory_required
-        if own:
-            base.memory_required = own
 
 
 def _through(options: dict[str, Any], twin: Any, guider: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 import weakref
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import comfy.hooks
@@ -21,11 +22,12 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWA
 from ..parallel_backend import SplitDenoiser
 from .host_weights import refuse_host_weights
 from .lookahead_sampler import look_ahead
-from .ranks_memory import RanksPatcher
+from .ranks_memory import RanksPatcher, takes_no_memory
 from .recipe import reshaped_by
 from .remote_forward import RUN, Remote, Run, evaluate, run_wrapped
 
 log = logging.getLogger("leapfrog")
+ELSEWHERE = "leapfrog_elsewhere"
 
 
 NOTHING_LOADED: dict[str, Any] = {
@@ -173,12 +175,12 @@ class StandInPatcher(RanksPatcher):
         if TORCH_COMPILE_KWARGS in self.model_options:
             log.warning("Leapfrog: TorchCompileModel has no effect on a split model; the ranks compute uncompiled.")
         self.attachments[RUN] = Run()
-        # or ComfyUI would make several calls of what does not fit its own device
-        self.model.__dict__["memory_required"] = lambda *args, **kwargs: 0.0
+        self.attachments[ELSEWHERE] = elsewhere = ExitStack()
+        elsewhere.enter_context(takes_no_memory(self.model))
         self.denoiser.begin_run()
 
     def cleanup(self) -> None:
         super().cleanup()
         self.attachments.pop(RUN, None)
-        self.model.__dict__.pop("memory_required", None)
+        self.attachments.pop(ELSEWHERE, ExitStack()).close()
         self.denoiser.end_run()

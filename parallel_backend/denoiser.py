@@ -82,7 +82,7 @@ class RemoteDenoiser:
         pool = self._pool
         if pool and any(kind_of(device) != CPU for device in self.devices):
             with pool.lock:
-                pool.release(Release(cache=True))
+                pool.tell(Release(cache=True))
         if self.report and self.report.calls:
             for line in self.report.lines():
                 log.info("Leapfrog: %s", line)

@@ -190,9 +190,9 @@ class Pool:
     def _forget(self, names: Sequence[str]) -> None:
         for name in names:
             self.arenas.pop(name).close()
-        self.release(Release(arenas=list(names)))
+        self.tell(Release(arenas=list(names)))
 
-    def release(self, message: Release) -> None:
+    def tell(self, message: Release) -> None:
         """Tell all ranks."""
         for channel in self.channels.values():
             with contextlib.suppress(OSError):  # the next call of this rank tells why

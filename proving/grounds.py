@@ -122,13 +122,18 @@ def load_vae(file: Path = WEIGHTS / "shapes_vae.safetensors") -> Any:
     return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(file)))
 
 
+def load_clip(file: Path) -> Any:
+    """The text encoder."""
+    import comfy.sd
+
+    return comfy.sd.load_clip([str(file)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+
+
 class Prompts:
     """The text encoder. A call gives the CONDITIONING of a caption."""
 
     def __init__(self, file: Path):
-        import comfy.sd
-
-        self._clip: Any = comfy.sd.load_clip([str(file)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+        self._clip = load_clip(file)
 
     @torch.inference_mode()
     def __call__(self, caption: str) -> Any:

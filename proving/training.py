@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from comfy_setup import WEIGHTS, parser
+from grounds import load_clip
 from muon import Muon
 
 DROPPED = 0.1
@@ -46,10 +47,8 @@ def drawings_options(command: ArgumentParser, each: int, of: str) -> None:
 def read_prompts(clip_file: Path, captions: Sequence[str], cache: Path) -> tuple[Tensor, Tensor]:
     """Hidden states [N + 1, 77, 768] and pooled states [N + 1, 768] of N captions and, last, of the empty prompt."""
     if not cache.exists():
-        import comfy.sd
-
         cache.parent.mkdir(parents=True, exist_ok=True)
-        clip = comfy.sd.load_clip([str(clip_file)], clip_type=comfy.sd.CLIPType.STABLE_DIFFUSION)
+        clip = load_clip(clip_file)
         prompts = [*captions, ""]
         states = [clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True) for prompt in prompts]
         torch.save(tuple(torch.cat(part).clone() for part in zip(*states, strict=True)), cache)
