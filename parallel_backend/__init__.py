@@ -3,8 +3,9 @@
 The life of one denoise step, which is also the reading order:
 
 0.  The sampler asks for an evaluation; ``rounds.py`` has others of steps to come under way, which it foresaw.
-1.  ``nodes/`` hands the arguments of ``diffusion_model.forward`` to a :class:`SplitDenoiser` or :class:`LanesDenoiser`
-    (``denoiser.py``), made from a frozen plan (``plan.py``) and a recipe.
+1.  ``nodes/`` hands the arguments of ``diffusion_model.forward`` to a :class:`SplitDenoiser` (``split_denoiser.py``) or
+    :class:`LanesDenoiser` (``lanes_denoiser.py``), made from a frozen plan (``plan.py``) and a recipe; what both share
+    is in ``denoiser.py``.
 2.  Where the denoiser is to be cut, the ranks watch it run (``worker/models/trace.py``), ``units.py`` says what a unit
     is and ``cutting.py`` where to cut. The schedule (``schedules/``, pure functions) says whether an evaluation is
     exact or asynchronous, or which rows go to which rank (``batching.py``).
@@ -25,11 +26,12 @@ plan by ``schedules/simulate.py``, and ``fidelity.py`` says how close such plans
 Importing this package starts nothing.
 """
 
-from .denoiser import LanesDenoiser, SplitDenoiser
 from .errors import LeapfrogError
+from .lanes_denoiser import LanesDenoiser
 from .plan import LanesPlan, SplitPlan
 from .protocol import Recipe
 from .rounds import Rounds
+from .split_denoiser import SplitDenoiser
 from .starting import ComfyHost
 from .survey import Survey, Surveyed
 

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 
 from .adviser import WISHES, Advice, Facts, Unit, advise
 from .batching import Rows, batched
-from .denoiser import LanesDenoiser, Patches, first_tensor, room_for_output
+from .denoiser import Patches, first_tensor, room_for_output
 from .errors import LeapfrogError
+from .lanes_denoiser import LanesDenoiser
 from .plan import LanesPlan
 from .pool import Pool, Tick
 from .protocol import Done, Echo, Evaluate, Probe, Probed, Recipe, Trace, Traced

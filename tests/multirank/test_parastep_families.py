@@ -14,7 +14,7 @@ import families
 from families import FAMILIES, Family
 from family import config
 from generation import distance, noise
-from leapfrog.parallel_backend import denoiser, supervisor
+from leapfrog.parallel_backend import lanes_denoiser, supervisor
 from ranks import EXACT, parastep, the_pool
 
 UNET = config(
@@ -134,14 +134,14 @@ def test_one_device_with_all_lanes_in_a_batch(name: str):
 @pytest.mark.parametrize("name", OF_ONE_SIGMA)
 def test_rows_of_one_sigma_only_where_the_denoiser_needs_that(name: str, monkeypatch: pytest.MonkeyPatch):
     seen: list[int] = []
-    original = denoiser.batched
+    original = lanes_denoiser.batched
 
     def record(calls: Any) -> Any:
         found = original(calls)
         seen.append(len(found))
         return found
 
-    monkeypatch.setattr(denoiser, "batched", record)
+    monkeypatch.setattr(lanes_denoiser, "batched", record)
     for other in (name, "ltxv"):
         sampled(other, parastep(4, ranks=1))
     half = len(seen) // 2
