@@ -11,7 +11,7 @@ import torch
 from comfy_api.v0_0_2 import io
 
 from ..parallel_backend import LanesPlan, LeapfrogError, SplitPlan, Survey, Surveyed
-from .node_text import teller
+from .node_text import DEVICES, teller
 from .recipe import own_device
 from .rounds_sampler import RoundsSampler
 from .standin import StandInPatcher
@@ -44,22 +44,21 @@ class LeapfrogAdviser(io.ComfyNode):
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="The number of steps that you will take."),
                 io.Float.Input(
                     "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
-                    tooltip="The CFG that you will use. Above 1 every step evaluates two prompts.",
+                    tooltip="The CFG that you will use. With anything but 1 every step evaluates two prompts.",
                 ),
                 io.String.Input(
                     "devices",
                     default="auto",
-                    tooltip="'auto': all GPUs, or two processes on the CPU without one. "
-                    "Or a list: '0,1', 'cpu,cpu', or '0,b/0' with a GPU of machine b.",
+                    tooltip=DEVICES,
                 ),
                 io.Combo.Input(
                     "wish",
                     options=list(Survey.WISHES),
                     default="balanced",
                     tooltip=(
-                        "balanced: the fastest that hardly anybody tells from ComfyUI alone. faithful: the fastest "
-                        "that nobody does. fastest: whatever the difference. least memory: the fewest weights on each "
-                        "device."
+                        "balanced: the fastest that is expected to come within 50 dB (PSNR) of ComfyUI alone, which "
+                        "is hard to see. faithful: the same with 65 dB. fastest: whatever the difference. least "
+                        "memory: the fewest weights on each device, then the fastest."
                     ),
                 ),
             ],

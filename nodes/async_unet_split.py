@@ -8,6 +8,7 @@ from inspect import cleandoc
 from comfy_api.v0_0_2 import io
 
 from ..parallel_backend import LeapfrogError, SplitDenoiser, SplitPlan
+from .node_text import DEVICES
 from .recipe import comfy_host, own_device, patches_of, recipe_of
 from .standin import StandInPatcher
 
@@ -18,8 +19,10 @@ class AsyncUNetSplit(io.ComfyNode):
     """
     Cuts the denoiser into parts, one per device, that work on several steps at the same time.
 
-    A device holds only its own part of the weights. For U-Nets and transformers. Put it on the MODEL wire, in front of
-    LoRA nodes or behind them; everything else stays. With one device the model passes through.
+    Each device holds only its own part of the weights. With two devices and CFG above 1 the prompt and the negative
+    prompt take a device each instead, which changes nothing in the picture, if the whole model fits. For U-Nets and
+    transformers. Put it on the MODEL wire, in front of LoRA nodes or behind them; everything else stays. With one
+    device the model passes through.
     """
 
     @classmethod
@@ -35,15 +38,18 @@ class AsyncUNetSplit(io.ComfyNode):
                 io.String.Input(
                     "devices",
                     default="auto",
-                    tooltip="'auto': all GPUs, or two processes on the CPU without one. "
-                    "Or a list: '0,1', 'cpu,cpu', or '0,b/0' with a GPU of machine b.",
+                    tooltip=DEVICES,
                 ),
                 io.Int.Input(
                     "components",
                     default=0,
                     min=0,
                     max=8,
-                    tooltip="How many parts to cut the denoiser into, one per device. 0: one for every device.",
+                    tooltip=(
+                        "How many parts to cut the denoiser into. 0 is automatic: a part for each device, except that "
+                        "with CFG above 1 prompt and negative prompt take half of the devices each, so that two "
+                        "devices hold the whole model each. 2 or more on as many devices: always cut."
+                    ),
                 ),
                 io.Int.Input(
                     "warmup_steps",
@@ -61,7 +67,10 @@ class AsyncUNetSplit(io.ComfyNode):
                     min=1,
                     max=2,
                     advanced=True,
-                    tooltip="asyncdiff only: 2 serves two steps with one parallel batch and needs one more device.",
+                    tooltip=(
+                        "asyncdiff only. 2: the parts compute for every second step and their data serves two; "
+                        "faster and less close, and it needs one more device."
+                    ),
                 ),
                 io.Combo.Input(
                     "mode",
@@ -92,6 +101,7 @@ class AsyncUNetSplit(io.ComfyNode):
                     min=0.0001,
                     max=1.0,
                     step=0.001,
+                    round=0.0001,
                     advanced=True,
                     tooltip=(
                         "How far a predicted step may be from the true one (relative) before it is computed again, "
@@ -102,15 +112,16 @@ class AsyncUNetSplit(io.ComfyNode):
                     "time_shift",
                     default=False,
                     advanced=True,
-                    tooltip="asyncdiff only: use the previous step's time, the age of the data. Against noise.",
+                    tooltip="asyncdiff only: use the previous step's time. Try it if the picture is noisy.",
                 ),
                 io.String.Input(
                     "cut",
                     default="",
                     advanced=True,
                     tooltip=(
-                        "Where to cut, by hand: the number of the first unit of each part but the first, such as "
-                        "'13'. Empty: measured, so that the slowest part is as fast as possible."
+                        "Where to cut, by hand: the number, counted from 0, of the unit with which part 2, 3 ... "
+                        "begins, such as '13', or '7,13' for three parts. The log names the units of each part. Empty: "
+                        "measured, so that the slowest part is as fast as possible."
                     ),
                 ),
                 io.Combo.Input(

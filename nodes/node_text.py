@@ -1,4 +1,4 @@
-"""A line of text that a node shows on the page while it runs and after."""
+"""What several nodes say alike: a tooltip, and the line that a node shows on the page while it runs and after."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 log = logging.getLogger("leapfrog")
+DEVICES = (
+    "'auto': all GPUs that ComfyUI sees, slow ones too; without a GPU two processes on the CPU. Or a list: '0,1', "
+    "'cpu,cpu', or '0,b/0' with a GPU of another machine, b."
+)
+"""Tooltip of the input ``devices``."""
 
 
 def teller(node: Any) -> Callable[[str], None]:

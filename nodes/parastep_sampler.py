@@ -9,7 +9,7 @@ import comfy.samplers
 from comfy_api.v0_0_2 import io
 
 from ..parallel_backend import LanesPlan
-from .node_text import teller
+from .node_text import DEVICES, teller
 from .recipe import own_device
 from .rounds_sampler import in_rounds
 
@@ -20,9 +20,9 @@ OPTIONS = [
         options=list(LanesPlan.FIDELITIES),
         default="balanced",
         tooltip=(
-            "How far a predicted step may be from the true one before it is computed again. faithful: nobody sees a "
-            "difference. balanced: hardly anybody does. fast: details may differ. exact: the picture of one device, "
-            "seldom faster. unguarded: as published, whatever comes of it; give it warm-up steps."
+            "How far a predicted step may be from the true one before it is computed again. faithful: closest, least "
+            "speed. balanced: very close. fast: small details may differ. exact: the picture of one device, seldom "
+            "faster. unguarded: nothing is computed again, whatever comes of it; set warmup_steps to 3 or more."
         ),
     ),
     io.Int.Input(
@@ -31,16 +31,15 @@ OPTIONS = [
         min=0,
         max=8,
         tooltip=(
-            "Steps evaluated at once. 0: as many as there are devices, or half as many with CFG above 1, whose two "
-            "evaluations then have a device each: with two devices that is exact. More lanes than devices run as one "
-            "batch on each."
+            "Steps evaluated at once. 0 is automatic. With CFG 1: one step for each device. With CFG above 1: half as "
+            "many, prompt and negative prompt on a device each; two devices then give the very same picture, at most "
+            "twice as fast. More lanes than devices run as one batch on each."
         ),
     ),
     io.String.Input(
         "devices",
         default="auto",
-        tooltip="'auto': all GPUs, or two processes on the CPU without one. "
-        "Or a list: '0,1', 'cpu,cpu', or '0,b/0' with a GPU of machine b.",
+        tooltip=DEVICES,
     ),
     io.Int.Input(
         "warmup_steps",
@@ -56,7 +55,7 @@ OPTIONS = [
         advanced=True,
         tooltip=(
             "How a result that is not there yet is guessed. linear: continue the last two. newest: repeat the last. "
-            "paper: each lane repeats its own last, as published."
+            "paper: each lane repeats its own last, as published (with fidelity unguarded)."
         ),
     ),
     io.Float.Input(
@@ -65,8 +64,12 @@ OPTIONS = [
         min=0.0,
         max=1.0,
         step=0.001,
+        round=0.0001,
         advanced=True,
-        tooltip="How far a predicted latent may be from the true one (relative). 0: what the fidelity says.",
+        tooltip=(
+            "How far a predicted latent may be from the true one (relative), in place of fidelity: 0.006 is what "
+            "faithful allows, 0.03 what fast allows. 0: what fidelity says."
+        ),
     ),
     io.Boolean.Input(
         "calibrate",

@@ -25,7 +25,7 @@ FAINT = 10**-1.8  # energy against the strongest event's below which an event is
 LOUD = 1.0  # power of the loudest moment of a sound that is heard at all; the quietest drawn ones have hundreds
 LONGEST_S = 0.9  # of an event
 NARROW, BROAD = 1.6, 2.6  # deviation of the spectrum, in semitones: at most of a tone, at least of a drum
-STEADY, GLIDING = 2.0, 5.0  # semitones from start to end: at most of a tone, at least of a chirp
+STEADY, GLIDING = 2.0, 5.0  # semitones from start to end: at most of a tone, at least of a chirp or sigh
 NEAR = 8.0  # semitones from the pitch that a word names
 
 
@@ -67,7 +67,7 @@ def _event(power: Tensor, band: Tensor) -> tuple[str, float]:
     glide = float((centred * track * weight).sum() / (centred.square() * weight).sum())
     if width > NARROW or STEADY < abs(glide) < GLIDING:
         return UNCLEAR, middle
-    return ("tone" if abs(glide) <= STEADY else "rising chirp" if glide > 0 else "falling chirp"), middle
+    return ("tone" if abs(glide) <= STEADY else "chirp" if glide > 0 else "sigh"), middle
 
 
 def judge(sounds: Tensor) -> list[Attributes]:

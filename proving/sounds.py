@@ -1,7 +1,7 @@
 """Simple sounds and their captions: the data of the audio proving model.
 
 A sound is one, two or four equal events in three seconds. Its caption names three attributes, for example "four high
-rising chirps". Every sixth caption is held out: no training script ever sees it.
+chirps". A chirp rises, a sigh falls. Every sixth caption is held out: no training script ever sees it.
 
 A latent is not learned here: its 64 channels are the levels of 64 sinusoids a semitone apart, its frames are as far
 apart as Stable Audio's. Drawing a sound writes the levels, and waveforms() adds the sinusoids up.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KINDS = ("tone", "rising chirp", "falling chirp", "drum")
+KINDS = ("tone", "chirp", "sigh", "drum")
 PITCHES = {"low": 10, "middle": 32, "high": 53}  # the band in the middle of an event
 COUNTS = {"one": 1, "two": 2, "four": 4}
 RATE = 11025  # samples a second
@@ -31,7 +31,7 @@ SECONDS = FRAMES * HOP / RATE
 BANDS = 64
 LOWEST, HIGHEST = 100.0, 3500.0  # Hz
 PITCH_JITTER = 2  # bands
-GLIDE = 12  # bands from the start of a chirp to its end
+GLIDE = 12  # bands from the start of a chirp or a sigh to its end
 DECIBELS = 40.0  # of one unit of a level; 1 is full, -1 is silence
 MEAN, SPREAD = -0.96, 0.23  # about those of the levels: latents have mean 0 and deviation 1
 LOUDNESS = 0.25  # amplitude of a sinusoid at full level
@@ -53,10 +53,10 @@ VOCABULARY: tuple[tuple[str, ...], ...] = (KINDS, tuple(PITCHES), tuple(COUNTS))
 ALL = tuple(Attributes(*values) for values in itertools.product(*VOCABULARY))
 HELD_OUT = (
     Attributes("tone", "low", "four"),
-    Attributes("rising chirp", "middle", "two"),
-    Attributes("rising chirp", "high", "four"),
-    Attributes("falling chirp", "low", "two"),
-    Attributes("falling chirp", "middle", "one"),
+    Attributes("chirp", "middle", "two"),
+    Attributes("chirp", "high", "four"),
+    Attributes("sigh", "low", "two"),
+    Attributes("sigh", "middle", "one"),
     Attributes("drum", "high", "one"),
 )
 """Every pitch and every count twice, every kind once or twice."""
@@ -73,7 +73,7 @@ def _event(kind: str, pitch: float, rng: torch.Generator) -> Tensor:
     if kind == "drum":
         rough = 0.1 * torch.rand(BANDS, 1, generator=rng)
         return loudest - 0.15 - rough - ((bands - pitch) / 18).square() - (0.3 + 0.15 * chance[2]) * time
-    glide = {"tone": 0.0, "rising chirp": GLIDE, "falling chirp": -GLIDE}[kind]
+    glide = {"tone": 0.0, "chirp": GLIDE, "sigh": -GLIDE}[kind]
     track = pitch + glide * (time / (frames - 1) - 0.5)
     return loudest - 0.375 * (bands - track).square() - (0.01 + 0.02 * chance[2]) * time
 

@@ -2,6 +2,8 @@
 
     python3 scripts/bootstrap.py             set up what is missing; a second run finds nothing to do
     python3 scripts/bootstrap.py --python    the same, and print the path of the interpreter to use
+    python scripts/bootstrap.py --demo-model ComfyUI/models
+                                             only the demonstration model, into your own ComfyUI, with its Python
 
 What it makes, all of it ignored by git:
 
@@ -24,6 +26,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from pack import BASE, BUILD, ROOT, comfyui_dir
@@ -45,7 +48,8 @@ WEIGHTS = {
     "shapes_vae.safetensors": "vae",
 }
 """File in proving/weights -> ComfyUI's model folder."""
-TEXT_ENCODER = BASE / "models/text_encoders/shapes_clip.safetensors"
+GENERATOR = ROOT / "proving/text_encoder.py"
+TEXT_ENCODER = "text_encoders/shapes_clip.safetensors"
 
 
 class SetupError(Exception):
@@ -160,19 +164,34 @@ def installed_torch() -> dict[str, str]:
 
 
 def place_models() -> None:
+    models = BASE / "models"
+    place_weights(models, link)
+    key = hashlib.sha256(GENERATOR.read_bytes()).hexdigest()
+    stamp = BUILD / "stamps/text_encoder"
+    if not (models / TEXT_ENCODER).is_file() or not is_current(stamp, key):
+        generate_text_encoder(models, PYTHON)
+        write_stamp(stamp, key)
+
+
+def place_weights(models: Path, place: Callable[[Path, Path], object]) -> None:
     for name, folder in WEIGHTS.items():
         source = ROOT / "proving/weights" / name
         if not source.is_file():
             raise SetupError(f"{source} is missing: this checkout is not complete")
-        link(BASE / "models" / folder / name, source)
-    generator = ROOT / "proving/text_encoder.py"
-    key = hashlib.sha256(generator.read_bytes()).hexdigest()
-    stamp = BUILD / "stamps/text_encoder"
-    if TEXT_ENCODER.is_file() and is_current(stamp, key):
-        return
-    say("generating the proving model's text encoder (247 MB)")
-    run(PYTHON, generator, TEXT_ENCODER, failed="the text encoder could not be generated")
-    write_stamp(stamp, key)
+        place(models / folder / name, source)
+
+
+def generate_text_encoder(models: Path, python: Path | str) -> None:
+    say("generating the demonstration model's text encoder (247 MB)")
+    run(python, GENERATOR, models / TEXT_ENCODER, failed="the text encoder could not be generated")
+
+
+def copy_demo_model(models: Path) -> None:
+    """The demonstration model in the models folder of a ComfyUI whose Python runs this."""
+    if not (models / "diffusion_models").is_dir():
+        raise SetupError(f"{models} is not a ComfyUI's models folder (it has no diffusion_models)")
+    place_weights(models, lambda path, source: shutil.copy2(source, path))
+    generate_text_encoder(models, sys.executable)
 
 
 def link(path: Path, target: Path) -> None:
@@ -217,8 +236,12 @@ def set_up() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", action="store_true", help="print the interpreter's path when all is set up")
+    parser.add_argument("--demo-model", type=Path, metavar="MODELS", help="only put the demonstration model there")
     arguments = parser.parse_args()
     try:
+        if arguments.demo_model:
+            copy_demo_model(arguments.demo_model)
+            return 0
         set_up()
     except SetupError as error:
         say(f"error: {error}")
