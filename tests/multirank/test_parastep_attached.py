@@ -183,10 +183,10 @@ HALF = torch.zeros(1, 8, 8)
 HALF[..., :4] = 1
 
 
-def controlled(family: str, start: float, end: float) -> tuple[Conditioning, Conditioning]:
+def controlled(family: str, start: float, end: float, by: Any = None) -> tuple[Conditioning, Conditioning]:
     image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(12))
     return stock.ControlNetApplyAdvanced().apply_controlnet(
-        prompt(1), prompt(100), tiny_attachments.controlnet(family), image, 0.8, start, end
+        prompt(1), prompt(100), by or tiny_attachments.controlnet(family), image, 0.8, start, end
     )
 
 
@@ -200,6 +200,7 @@ PROMPTS: dict[str, tuple[str, Callable[[], tuple[Conditioning, Conditioning]]]] 
     "ControlNet": ("flux", lambda: controlled("flux", 0.0, 1.0)),
     "ControlNet in some steps": ("flux", lambda: controlled("flux", 0.2, 0.6)),
     "ControlNet of a U-Net in some steps": ("unet", lambda: controlled("unet", 0.2, 0.6)),
+    "Control-LoRA": ("unet", lambda: controlled("unet", 0.0, 1.0, tiny_attachments.control_lora().copy())),
     "prompts that change": ("flux", lambda: (changing(), prompt(100))),
     "negative prompts that change": ("unet", lambda: (prompt(1), changing())),
     "area": ("flux", lambda: ([*prompt(1), *stock.ConditioningSetArea().append(prompt(2), 32, 64, 8, 0, 0.7)[0]], [])),
