@@ -32,6 +32,7 @@ import torch
 
 from pack import BASE, ROOT, add_comfyui, load_pack
 from quality_report import Row, compared, write
+from quality_summary import write_summary
 
 SEED = 100
 CONVERGED = ("dpmpp_2m", 125)
@@ -254,6 +255,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
                 print(name, row.text(), flush=True)
                 found.append(row)
             write(options.out, f"{name}-{options.sampler}", bench.ground.title, about, options.command, found)
+            write_summary(options.out)
         for known in Path(folder).glob("leapfrog/calibration.json"):
             print("sensitivities:", known.read_text())
 

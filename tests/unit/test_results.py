@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pack import ROOT
+from quality_summary import write_summary
 
 DOCS = [ROOT / "docs/results.md", *sorted((ROOT / "docs/quality").glob("*.md"))]
 DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
@@ -56,3 +58,11 @@ def test_commands_exist(text: str):
                 assert not word.startswith("--") or f'"{word}"' in source, f"{script} has no {word}"
     for target in re.findall(r"`make (\w+)`", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_the_fidelity_page_is_what_the_csv_files_say(tmp_path: Path):
+    folder = ROOT / "docs/quality"
+    for path in [*folder.glob("*.csv"), *folder.glob("*-*.md")]:
+        shutil.copy(path, tmp_path)
+    write_summary(tmp_path)
+    assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text()

@@ -1,0 +1,82 @@
+"""All tables of docs/quality at a glance: what each number of devices gives, models side by side."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from quality_report import SAME, Row, line
+
+OURS = "ParaStep, balanced"
+WAYS = ("lookahead", "AsyncDiff as published", OURS, "ParaStep as published")
+ALONE = "*one device in that time*"
+ABOUT = """\
+# Fidelity at a glance
+
+Ideal speed, and PSNR in dB to ComfyUI alone with the same seed, sampler and steps, as the mean over the samples. *One
+device in that time*: the better of Euler and DPM++ 2M with as many steps as *ParaStep, balanced* leaves time for.
+`make quality`, and any other run of `python scripts/quality.py`, writes this page from the CSV files beside it.
+
+Confidence intervals, SSIM, the judge's score, the distance to a nearly converged solution, the other presets and
+predictors, EasyCache, a picture, and the command that repeats it, for each model and sampler:
+"""
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file that quality_report.write() wrote."""
+    whole = ("steps", "of", "right", "samples")
+    with path.open(newline="") as file:
+        return [
+            Row(
+                row.pop("mode"),
+                int(degree) if (degree := row.pop("degree")) else None,
+                **{key: int(text) if key in whole else float(text) for key, text in row.items()},
+            )
+            for row in csv.DictReader(file)
+        ]
+
+
+def write_summary(folder: Path) -> None:
+    """README.md of a folder of such CSV files, each with its page of the same name."""
+    runs = {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
+    pages = {name: (folder / f"{name}.md").read_text().splitlines() for name in runs}
+    titles = {name: page[0].removeprefix("# ") for name, page in pages.items()}
+    text = [ABOUT, *(f"* [{titles[name]}, {sampler_of(name)}]({name}.md): {pages[name][2]}" for name in runs)]
+    for sampler in sorted({sampler_of(name) for name in runs}):
+        models = {titles[name]: rows for name, rows in runs.items() if sampler_of(name) == sampler}
+        text += ["", f"## {sampler}"]
+        for of in sorted({row.of for rows in models.values() for row in rows}):
+            text += ["", f"{of} steps:", "", line(["devices", "way", *models]), line(["---"] * (2 + len(models)))]
+            here = [[row for row in rows if row.of == of] for rows in models.values()]
+            for degree in sorted({row.degree for rows in here for row in rows if row.degree}):
+                for way in WAYS:
+                    text.append(line([str(degree), way, *(_ours(way, degree, rows) for rows in here)]))
+                text.append(line([str(degree), ALONE, *(_one_device(degree, of, rows) for rows in here)]))
+    (folder / "README.md").write_text("\n".join(text) + "\n")
+
+
+def sampler_of(name: str) -> str:
+    return name.partition("-")[2]
+
+
+def _find(way: str, degree: int, rows: Sequence[Row]) -> Row | None:
+    return next((row for row in rows if (row.mode, row.degree) == (way, degree)), None)
+
+
+def _ours(way: str, degree: int, rows: Sequence[Row]) -> str:
+    found = _find(way, degree, rows)
+    return _shown(found) if found else "-"
+
+
+def _one_device(degree: int, of: int, rows: Sequence[Row]) -> str:
+    pace = _find(OURS, degree, rows)
+    fits = [row for row in rows if pace and row.mode.endswith("fewer steps") and row.steps == round(of / pace.speed)]
+    if not fits:
+        return "-"
+    best = max(fits, key=lambda row: row.psnr)
+    return f"{_shown(best)} ({best.steps} of {best.mode.partition(',')[0]})"
+
+
+def _shown(row: Row) -> str:
+    return f"{row.speed:.2f}x, " + ("same" if row.psnr >= SAME else f"{row.psnr:.1f}")
