@@ -64,7 +64,7 @@ class ComfyPage:
         self.open_templates()
         self.tab.get_by_test_id(f"template-workflow-{name}").click()
         self.tab.get_by_role("dialog").wait_for(state="hidden")
-        self.tab.wait_for_function("app.graph.nodes.length > 8")
+        self.tab.wait_for_function("app.graph.nodes.length > 6")
 
     def nodes(self) -> list[dict[str, Any]]:
         """Id, type, widget values by name, and bounds (with the title) of every node in the graph."""
