@@ -172,9 +172,6 @@ def _plain_patch(key: str, patch: tuple) -> tuple:
             f"A conditioning's hook is a whole model (Create Hook Model as LoRA): {key} is no small patch.",
         )
     if isinstance(value, comfy.weight_adapter.WeightAdapterBase):
-        value = {
-            "adapter": type(value).__name__,
-            "loaded_keys": sorted(value.loaded_keys),
-            "weights": value.weights,
-        }
+        # not its loaded_keys: they only count what was found, and each adapter has those of the whole file
+        value = {"adapter": type(value).__name__, "weights": value.weights}
     return (strength, value, strength_model, offset, function is not None)

@@ -36,6 +36,7 @@ GONE_S = 15.0
 SPARE = 1.25
 MAX_ARENAS = 12
 LAST_LINES = 10
+ENDED_MEANWHILE = "The ranks were ended while they computed."
 
 Tick = Callable[[], None]
 Process = RankProcess | RemoteProcess
@@ -219,26 +220,37 @@ class Pool:
         step: int = 0,
     ) -> Call:
         """Send one message per rank and return at once. The arena of ``using`` stays untouched until the call is
-        complete and :meth:`done`. ``tick`` is called first and may raise to give up."""
+        complete and :meth:`done`. ``tick`` is called first and may raise to give up.
+
+        Raises LeapfrogError: unsupported_patch for more than a message can carry, what became of a rank that is gone.
+        """
         tick()
         self._number += 1
         call = Call(self._number, frozenset(messages), using.arena if using else "", on_reply, step)
         call.answers = {rank: ANSWERS[type(message)] for rank, message in messages.items()}
         self._calls[call.number] = call
         self._settle()
+        sent: list[int] = []
         for rank, message in messages.items():
             message.call = call.number
             try:
                 self.channels[rank].send(message)
             except OSError:
                 self._receive(rank)  # raises with the reason
+            except (OverflowError, ValueError) as error:
+                call.ranks = frozenset(sent)
+                self.done(call)
+                raise LeapfrogError.of(
+                    "unsupported_patch", f"What goes along with this run cannot be sent to a rank: {error}."
+                ) from None
+            sent.append(rank)
         return call
 
     def done(self, call: Call) -> None:
         """Nobody will look at this call again."""
         call.wanted = False
-        if call.complete:
-            self._calls.pop(call.number, None)
+        if call.complete and self._calls.get(call.number) is call:
+            del self._calls[call.number]
         self._settle()
 
     def wait(self, calls: Sequence[Call], ranks: Sequence[int], timeout_s: float, tick: Tick) -> Call:
@@ -251,7 +263,7 @@ class Pool:
         while True:
             for call in calls:
                 if self._calls.get(call.number) is not call:
-                    raise LeapfrogError.of("rank_died", "The ranks were ended while they computed.")
+                    raise LeapfrogError.of("rank_died", ENDED_MEANWHILE)
                 if all(rank in call.replies for rank in ranks if rank in call.ranks):
                     return call
             self._pump(deadline, tick)
@@ -272,7 +284,10 @@ class Pool:
         owing = {rank for call in self._calls.values() for rank in self._owing(call)}
         connections = {id(self.channels[rank].connection): rank for rank in owing}
         waiting = [self.channels[rank].connection for rank in owing]
-        arrived = wait_for_any(waiting, timeout=min(POLL_S, max(0.0, deadline - time.monotonic())))
+        try:
+            arrived = wait_for_any(waiting, timeout=min(POLL_S, max(0.0, deadline - time.monotonic())))
+        except (OSError, ValueError):  # a channel that was closed, by whoever ended the pool or could not send
+            raise self._closed(owing) from None
         for connection in arrived:
             rank = connections[id(connection)]
             reply = self._receive(rank)
@@ -323,6 +338,12 @@ class Pool:
             if time.monotonic() > limit:
                 return None
             time.sleep(0.005)
+
+    def _closed(self, owing: Iterable[int]) -> LeapfrogError:
+        """Why a channel of these ranks is closed."""
+        if not self.alive:
+            return LeapfrogError.of("rank_died", ENDED_MEANWHILE)
+        return self._died(next((rank for rank in owing if self.channels[rank].connection.fileno() < 0), min(owing)))
 
     def _died(self, rank: int) -> LeapfrogError:
         how = self.processes[rank].how_it_ended or "broke the connection"

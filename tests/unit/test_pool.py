@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from leapfrog.parallel_backend import LeapfrogError, supervisor
 from leapfrog.parallel_backend.errors import ErrorReport
 from leapfrog.parallel_backend.pool import NEXT, Call, Pool, State
-from leapfrog.parallel_backend.protocol import Echo, Failed, Ok, RankMessage, Unload
+from leapfrog.parallel_backend.protocol import Done, Echo, Failed, Ok, RankMessage, Unload
 from leapfrog.parallel_backend.starting import ComfyHost
 
 HOST = ComfyHost("nowhere")
@@ -31,6 +32,7 @@ class MadeUpRank:
         self.news_s = 0.2
         self.starting = True
         self.ended = 0
+        self.connection: Any
         self.connection, self._far_end = Pipe()
 
     @property
@@ -50,12 +52,16 @@ class MadeUpRank:
         return self.connection.recv()
 
     def send(self, message: Any) -> None:
+        if isinstance(self.connection, socket.socket):
+            raise OSError("closed")
         self.connection.send(message)
 
     def end(self, _grace_s: float) -> None:
         self.ended += 1
 
     def close(self) -> None:
+        self.connection.close()
+        self.connection = socket.socket()  # a real channel has one, which knows that it is closed
         self.connection.close()
 
 
@@ -144,6 +150,35 @@ class TestBlame:
         pool.close()
         with pytest.raises(LeapfrogError, match="ended while they computed"):
             pool.wait([call], [0], 1.0, no_tick)
+
+    def test_a_channel_that_somebody_closed(self):
+        pool = made_up(MadeUpRank(0), closed := MadeUpRank(1))
+        call = ask(pool, 0, 1)
+        closed.close()
+        report = self.blamed(pool, call)
+        assert (report.code, report.rank) == ("rank_died", 1)
+
+    def test_a_message_that_is_too_large_leaves_the_pool_ready(self, monkeypatch: pytest.MonkeyPatch):
+        pool = made_up(fine := MadeUpRank(0), full := MadeUpRank(1))
+
+        def send(_message: Any) -> None:
+            raise ValueError("a message of 99999999 bytes is over the bound")
+
+        monkeypatch.setattr(full, "send", send)
+        used, _ = pool.payload(torch.zeros(3), no_tick)
+        with pytest.raises(LeapfrogError, match="over the bound") as caught:
+            pool.submit({0: Echo(), 1: Echo()}, no_tick, using=used)
+        assert caught.value.report.code == "unsupported_patch"
+        assert pool.state is State.READY
+        assert pool.catching_up
+        monkeypatch.undo()
+        fine.says(Done(call=1))
+        full.says(Ok(call=2))
+        fine.says(Ok(call=2))
+        assert set(pool.request({0: Unload(), 1: Unload()}, 5.0, no_tick)) == {0, 1}
+        assert not pool.catching_up
+        pool.rest()
+        assert not pool.arenas
 
 
 class TestState:

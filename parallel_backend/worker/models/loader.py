@@ -88,7 +88,7 @@ def _decode_patch(patch: Any) -> tuple:
     strength, value, strength_model, offset, swap = patch
     if isinstance(value, dict):
         adapter = ADAPTERS[value["adapter"]]
-        value = adapter(set(value["loaded_keys"]), value["weights"])
+        value = adapter(set(), value["weights"])
     function = comfy.utils.swap_scale_shift if swap else None
     return (strength, value, strength_model, offset, function)
 
