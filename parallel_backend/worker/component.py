@@ -128,7 +128,7 @@ class Component:
         No state is kept for a negative ``stream``.
         """
         if run != self._run:
-            self._forget()
+            self.settle()
             self._run = run
         self._layout = now = self._layouts[layout]
         state = self._streams.setdefault(stream, StreamState()) if stream >= 0 else StreamState()
@@ -145,9 +145,9 @@ class Component:
                 self._arrived(state, position, self._links.wait(incoming))
             if measure:
                 drift = max((_drift(state.latest[p], state.before.get(p)) for p in coming), default=0.0)
-                used = {p: [t.clone() for t in state.latest[p]] for p in coming}  # the forward may change them in place
-            else:
-                used = state.latest
+            used = state.latest
+            if stream >= 0:  # the forward may change in place (ControlNet) what the next step needs as it came
+                used = {p: [t.clone() for t in state.latest[p]] for p in coming}
         else:
             state.coming = coming
             used = _continued(state) if extrapolate else state.latest
@@ -173,8 +173,12 @@ class Component:
             state.before[position] = state.latest[position]
         state.latest[position] = tensors
 
-    def _forget(self) -> None:
-        """Drop stale state. What is still on its way was sent for sure, so it is awaited, not cancelled."""
+    def settle(self) -> None:
+        """Drop stale state, at the end of a run at the latest.
+
+        What is still on its way was sent for sure, so it is awaited: gloo delivers nothing more between two ranks once
+        somebody has let go of what he had asked for.
+        """
         for state in self._streams.values():
             for incoming in state.coming.values():
                 self._links.wait(incoming)

@@ -170,6 +170,8 @@ class Rank:
         return Ok()
 
     def _drop(self) -> None:
+        if self._held and self._held.component:
+            self._held.component.settle()
         self._held = None
         gc.collect()
         if self._device.type == "cuda":
@@ -183,9 +185,7 @@ class Rank:
         # what nodes put inside the denoiser may draw random numbers (ToMe): the same ones in every run
         torch.manual_seed(self._step)
         self._links.sent, self._links.waited = 0, 0.0
-        args, kwargs = self._held.inputs(self._tree(message.inputs))
-        if message.time != 1.0:
-            args = (args[0], args[1] * message.time, *args[2:])
+        args, kwargs = self._held.inputs(self._tree(message.inputs), message.time)
         component, drift = self._held.component, 0.0
         if component:
             if message.flow:

@@ -67,8 +67,8 @@ class HeldDenoiser:
         """Bytes of the small parts that every rank of a split holds."""
         return self.nbytes - sum(weight_bytes(self.denoiser.get_submodule(name)) for name in self.unit_names)
 
-    def inputs(self, tree: tuple[Any, Any]) -> tuple[Any, Any]:
-        """The forward's (args, kwargs) on this device."""
-        args, kwargs = forward_inputs(tree, self._device, self.patcher.model.get_dtype_inference())
+    def inputs(self, tree: tuple[Any, Any], time: float = 1.0) -> tuple[Any, Any]:
+        """The forward's (args, kwargs) on this device, its timesteps multiplied with ``time``."""
+        args, kwargs = forward_inputs(tree, self._device, self.patcher.model.get_dtype_inference(), time)
         self._options = kwargs["transformer_options"]
         return args, kwargs

@@ -9,17 +9,34 @@ import torch
 from .inside_patches import rebuild
 
 
-def forward_inputs(tree: tuple[Any, Any], device: torch.device, own: torch.dtype) -> tuple[tuple, dict[str, Any]]:
-    """The forward's (args, kwargs), cast to ``own`` where the host computes in another precision than the rank."""
+def forward_inputs(
+    tree: tuple[Any, Any], device: torch.device, own: torch.dtype, time: float = 1.0
+) -> tuple[tuple, dict[str, Any]]:
+    """The forward's (args, kwargs), args being ``(x, timesteps, context, ...)``, with timesteps multiplied by ``time``.
+
+    Where the host computes in another precision than the rank, what ComfyUI would have cast is cast to ``own``: all but
+    timesteps and transformer options, whose sigmas stay as they are.
+    """
     args, kwargs = tree
-    x = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
-    dtype = own if x.dtype != own else None
+    first = args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+    dtype = own if first.dtype != own else None
     options = dict(kwargs.get("transformer_options", {}))
     inside = options.pop("inside_patches", {})
-    args = (to_device(args[0], device, dtype), *to_device(args[1:], device, None))
-    kwargs = to_device({**kwargs, "transformer_options": options}, device, dtype)
-    kwargs["transformer_options"].update(rebuild(inside))
+    x, timesteps, *others = args
+    timesteps = _multiplied(to_device(timesteps, device, None), time)
+    args = (to_device(x, device, dtype), timesteps, *to_device(others, device, dtype))
+    kwargs = to_device(kwargs, device, dtype)
+    kwargs["transformer_options"] = to_device(options, device, None) | rebuild(inside)
     return args, kwargs
+
+
+def _multiplied(timesteps: Any, factor: float) -> Any:
+    """Timesteps, a tensor or several of them (audio and video), times a factor."""
+    if factor == 1.0:
+        return timesteps
+    if isinstance(timesteps, torch.Tensor):
+        return timesteps * factor
+    return type(timesteps)(_multiplied(part, factor) for part in timesteps)
 
 
 def to_device(tree: Any, device: torch.device, dtype: torch.dtype | None) -> Any:
