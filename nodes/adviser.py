@@ -10,9 +10,10 @@ import comfy.samplers
 import torch
 from comfy_api.v0_0_2 import io
 
-from ..parallel_backend import LanesPlan, LeapfrogError, SplitPlan, Survey, Surveyed
+from ..parallel_backend import LanesPlan, LeapfrogError, Recipe, SplitPlan, Survey, Surveyed
 from .node_text import DEVICES, teller
-from .recipe import own_device
+from .ranks_memory import LanesMemory
+from .recipe import comfy_host, own_device
 from .rounds_sampler import RoundsSampler
 from .standin import StandInPatcher
 
@@ -82,7 +83,8 @@ class LeapfrogAdviser(io.ComfyNode):
 class SurveySampler(RoundsSampler):
     """Leaves at the first call of the denoiser, with Surveyed."""
 
-    engine = Survey
+    def memory_for(self, patcher: Any, recipe: Recipe) -> LanesMemory:
+        return LanesMemory(patcher, Survey(self.plan.devices, recipe, comfy_host()))
 
 
 def measured(model: Any, positive: Any, latent_image: dict[str, Any], devices: str) -> Survey:

@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.patcher_extension
@@ -15,7 +17,7 @@ import comfy.samplers
 import folder_paths
 import torch
 
-from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError
+from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError, Recipe
 from .ahead import AheadSampler, Wave, check_sampler, sampler_name
 from .one_call import as_one, can_be_one, lanes_of
 from .ranks_memory import LanesMemory, takes_no_memory
@@ -38,8 +40,6 @@ def in_rounds(plan: LanesPlan, base: Any, tell: Callable[[str], None] = lambda t
 
 class RoundsSampler(AheadSampler):
     """Rounds of evaluations whose rows are spread over ranks that each hold the whole denoiser."""
-
-    engine: type[LanesDenoiser] = LanesDenoiser
 
     def __init__(self, plan: LanesPlan, base: comfy.samplers.KSAMPLER, tell: Callable[[str], None]):
         super().__init__(base)
@@ -117,12 +117,23 @@ class RoundsSampler(AheadSampler):
                 "unsupported_patch", "This MODEL went through MultiGPU CFG Split; use one of the two."
             )
         recipe = recipe_of(patcher)
-        memory = self._memory
-        if memory is None or memory.denoiser.recipe != recipe:
-            memory = self._memory = LanesMemory(patcher, self.engine(self.plan, recipe, comfy_host()))
+        self._memory = memory = self.memory_for(patcher, recipe)
         memory.denoiser.check_patches(patches_of(patcher))
         memory.announce(patcher)
         return memory.denoiser
+
+    def memory_for(self, patcher: comfy.model_patcher.ModelPatcher, recipe: Recipe) -> LanesMemory:
+        """What ranks hold of this MODEL on these devices: the same for every sampler, as long as the MODEL lives."""
+        kept = _memories.setdefault(patcher.model, {})
+        key = self.plan.devices, recipe
+        if key not in kept:
+            kept[key] = LanesMemory(patcher, LanesDenoiser(*key, comfy_host()))
+        return kept[key]
+
+
+_memories: WeakKeyDictionary[comfy.model_base.BaseModel, dict[tuple[tuple[str, ...], Recipe], LanesMemory]] = (
+    WeakKeyDictionary()
+)
 
 
 class LaneWave(Wave):

@@ -10,7 +10,6 @@ import torch
 
 from .batching import Rows, batched, rows_of, with_chunks
 from .denoiser import Patches, RemoteDenoiser, first_tensor, joined, room_for_output
-from .plan import LanesPlan
 from .pool import Call, Pool, Tick
 from .protocol import Evaluate, Loaded, Recipe
 from .schedules.parastep import row_shares
@@ -56,9 +55,8 @@ class LanesDenoiser(RemoteDenoiser):
 
     title = "ParaStep Sampler"
 
-    def __init__(self, plan: LanesPlan, recipe: Recipe, host: ComfyHost):
-        super().__init__(plan.devices, recipe, host)
-        self.plan = plan
+    def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost):
+        super().__init__(devices, recipe, host)
         self.conditionings = 1
         self._run = 0
         self._unsent: list[LaneEvaluation] = []

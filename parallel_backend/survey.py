@@ -14,7 +14,6 @@ from .batching import Rows, batched
 from .denoiser import Patches, first_tensor, room_for_output
 from .errors import LeapfrogError
 from .lanes_denoiser import LanesDenoiser
-from .plan import LanesPlan
 from .pool import Pool, Tick
 from .protocol import Done, Echo, Evaluate, Probe, Probed, Recipe, Trace, Traced
 from .schedules.simulate import Link
@@ -45,8 +44,8 @@ class Survey(LanesDenoiser):
     title = "Leapfrog Adviser"
     WISHES: ClassVar = WISHES
 
-    def __init__(self, plan: LanesPlan, recipe: Recipe, host: ComfyHost):
-        super().__init__(plan, recipe, host)
+    def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost):
+        super().__init__(devices, recipe, host)
         self.facts: Facts | None = None
 
     def advise(self, steps: int, conditionings: int, wish: str) -> list[Advice]:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import comfy.patcher_extension
+import comfy.sd
 import pytest
 import torch
 
+import tiny_models
 from generation import Request, distance, generate, noise, prompt
 from leapfrog.parallel_backend import LanesDenoiser
 from ranks import EXACT, load, parastep, reference, split, the_pool, with_lora
@@ -156,6 +160,22 @@ def test_each_rank_holds_the_whole_denoiser_once():
     generate(load("flux"), Request(prompt=2), parastep(3))
     assert the_pool().pids == pids
     assert the_pool().memory["loaded"][1] is loaded
+
+
+def test_the_ranks_stay_for_the_next_sampler_as_long_as_the_model_lives():
+    model = comfy.sd.load_diffusion_model(str(tiny_models.tiny_flux()))
+    request = Request(steps=4)
+    first = parastep(1)
+    generate(model, request, first)
+    denoiser = weakref.ref(first._denoiser)
+    del first
+    gc.collect()
+    assert denoiser() in the_pool().users
+    generate(model, request, second := parastep(2))
+    assert second._denoiser is denoiser()
+    del model, second
+    gc.collect()
+    assert denoiser() is None
 
 
 def test_both_blocks_take_turns_on_one_pool():
