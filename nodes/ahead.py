@@ -76,14 +76,14 @@ def check_sampler(sampler: Any) -> None:
 
 
 class AheadSampler(comfy.samplers.KSAMPLER):
-    """A SAMPLER around ``base``. ``last_run`` has the figures of its last run."""
+    """A SAMPLER around ``base``. ``last_run`` is what its last run took (``rounds.Taken``)."""
 
     rolling = False
 
     def __init__(self, base: comfy.samplers.KSAMPLER):
         super().__init__(self._sample, dict(base.extra_options), base.inpaint_options)
         self.base = base
-        self.last_run: Rounds | None = None
+        self.last_run: Any = None
 
     def start(
         self, guider: Any, evaluate: Callable[[Question], Outputs], questions: Sequence[Question], first: int
@@ -129,7 +129,7 @@ class AheadSampler(comfy.samplers.KSAMPLER):
     def _run(
         self, model: Any, x: torch.Tensor, extra_args: dict[str, Any], options: dict[str, Any], sigmas: torch.Tensor,
         schedule: Callable[[], Any], callback: Any, disable: Any,
-    ) -> tuple[torch.Tensor, Rounds]:  # fmt: skip
+    ) -> tuple[torch.Tensor, Any]:  # fmt: skip
         guider = model.inner_model
         behind = tuple(extra_args.get("model_options", {}).get("sampler_post_cfg_function", ()))
         evaluate = partial(evaluated, model, behind)
@@ -152,7 +152,7 @@ class AheadSampler(comfy.samplers.KSAMPLER):
             self.rolling,
         )
         try:
-            return run(rounds.ask, callback, disable), rounds
+            return run(rounds.ask, callback, disable), rounds.taken
         finally:
             rounds.close()
 

@@ -65,7 +65,6 @@ class RoundsSampler(AheadSampler):
             with takes_no_memory(base):
                 args = {**args, "model_options": through}
                 result = super()._sample(model, x, sigmas, args, callback, disable, **options)
-            assert self.last_run
             self._tell("ParaStep: " + "; ".join([self.last_run.summary(), *self._notes]))
             return result
         finally:

@@ -1,4 +1,4 @@
-"""ParaStep's engine: runs any sampler with several of its evaluations under way at once. Knows no particular sampler.
+"""The engine of both blocks: any sampler, with several of its evaluations under way at once. Knows none by name.
 
 A sampler is something that asks for evaluations, one after another. The true one is answered with fresh outputs only.
 To know where it will ask next, a scout is used: a copy of it that is answered with what the true one was given and,
@@ -54,8 +54,22 @@ class _UnderWay:
     evaluation: Any
 
 
+@dataclass
+class Taken:
+    """What a run took: ``asked`` evaluations in ``count`` rounds; ``rejected`` more were of no use."""
+
+    asked: int = 0
+    count: int = 0
+    rejected: int = 0
+
+    def summary(self) -> str:
+        """What a user should know of a run that has ended."""
+        wasted = f", {self.rejected} more rejected" if self.rejected else ""
+        return f"{self.asked} evaluations in {self.count} rounds{wasted}"
+
+
 class Rounds:
-    """One run of a sampler: ``asked`` evaluations in ``count`` rounds; ``rejected`` more were of no use.
+    """One run of a sampler; ``taken`` is what it took so far.
 
     ``evaluate(question)`` evaluates at once, ``start(questions, first)`` starts evaluations that are to run at the same
     time, lanes ``first`` and following of a round. ``scout(answers)`` makes a scout that has been given these answers.
@@ -77,8 +91,7 @@ class Rounds:
         note: Callable[[str], None] = lambda text: None,
         rolling: bool = False,
     ):
-        self.count = 0
-        self.rejected = 0
+        self.taken = Taken()
         self._evaluate = evaluate
         self._start = start
         self._new_scout = scout
@@ -94,15 +107,6 @@ class Rounds:
         self._under_way: list[_UnderWay] = []
         self._spare: _UnderWay | None = None
 
-    @property
-    def asked(self) -> int:
-        return len(self._answers)
-
-    def summary(self) -> str:
-        """What a user should know of a run that has ended."""
-        wasted = f", {self.rejected} more rejected" if self.rejected else ""
-        return f"{self.asked} evaluations in {self.count} rounds{wasted}"
-
     def ask(self, question: Question) -> Outputs:
         """The fresh outputs for what the true sampler asks next."""
         index = len(self._answers)
@@ -111,6 +115,7 @@ class Rounds:
         else:
             outputs = self._alone(index, question)
         self._answers.append(outputs)
+        self.taken.asked += 1
         return outputs
 
     def close(self) -> None:
@@ -122,7 +127,7 @@ class Rounds:
             self._scout = None
 
     def _alone(self, index: int, question: Question) -> Outputs:
-        self.count += 1
+        self.taken.count += 1
         outputs = self._evaluate(question)
         if index == 0:
             self._section = self._section_of(question.level)
@@ -154,7 +159,7 @@ class Rounds:
 
     def _reject(self, guard: Guard, predictor: Predictor) -> None:
         guard.cut(self._under_way[0].lane)
-        self.rejected += len(self._under_way)
+        self.taken.rejected += len(self._under_way)
         for one in self._under_way:
             if self._rolling:  # the next one is not to wait for them in front of the pipeline
                 one.evaluation.drop()
@@ -172,7 +177,7 @@ class Rounds:
             wanted += [one.question for one in more]
         under_way = len(self._under_way)
         if len(wanted) > under_way:
-            self.count += under_way == 0
+            self.taken.count += under_way == 0
             started = self._start(wanted[under_way:], under_way)
             for lane, evaluation in enumerate(started, under_way):
                 self._under_way.append(_UnderWay(index + lane, lane, wanted[lane], evaluation))

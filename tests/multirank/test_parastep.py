@@ -178,6 +178,15 @@ def test_the_ranks_stay_for_the_next_sampler_as_long_as_the_model_lives():
     assert denoiser() is None
 
 
+def test_a_sampler_keeps_no_latents_of_its_last_run():
+    sampler, counts = parastep(2), []
+    for steps in (4, 12):
+        shape = generate(load("flux"), Request(steps=steps), sampler).shape
+        gc.collect()
+        counts.append(sum(type(one) is torch.Tensor and one.shape == shape for one in gc.get_objects()))
+    assert counts[1] <= counts[0]
+
+
 def test_both_blocks_take_turns_on_one_pool():
     request = Request()
     generate(split(load("flux")), request)

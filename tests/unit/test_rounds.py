@@ -158,9 +158,9 @@ def test_a_deterministic_sampler_comes_close_in_fewer_rounds(name: str, lanes: i
     expected, sequential = run(name, formula := Formula()), formula.calls
     ours = Run(name, lanes)
     assert not ours.notes
-    assert ours.rounds.asked == sequential
+    assert ours.rounds.taken.asked == sequential
     assert distance(ours.result, expected) < 0.07
-    assert ours.rounds.count < 0.8 * sequential
+    assert ours.rounds.taken.count < 0.8 * sequential
     assert ours.callbacks == list(range(len(ours.callbacks)))
 
 
@@ -205,10 +205,10 @@ def test_each_answer_is_the_one_fresh_output_for_its_evaluation(
     lanes: int, warmup: int, kind: str, bound: float, name: str
 ):
     ours = Run(name, lanes, bound, kind, warmup)
-    assert len(ours.evaluated) == ours.rounds.asked + ours.rounds.rejected
-    assert len(ours.lengths) == ours.rounds.count
+    assert len(ours.evaluated) == ours.rounds.taken.asked + ours.rounds.taken.rejected
+    assert len(ours.lengths) == ours.rounds.taken.count
     used = {one.index: one for one in ours.evaluated}  # the last one for each
-    assert sorted(used) == list(range(ours.rounds.asked))
+    assert sorted(used) == list(range(ours.rounds.taken.asked))
     for index, (question, answer) in enumerate(zip(ours.asked, ours.answers, strict=True)):
         fresh = used[index]
         assert fresh.question.level == question.level
@@ -227,9 +227,9 @@ def test_a_pipeline_is_kept_full_until_an_evaluation_is_rejected(name: str, comp
     torch.manual_seed(1)
     ours = Run(name, components, bound=0.05, eager=True, rolling=True)
     assert distance(ours.result, expected) < 0.1
-    assert ours.rounds.count < ours.rounds.asked or name in STOCHASTIC
+    assert ours.rounds.taken.count < ours.rounds.taken.asked or name in STOCHASTIC
     assert max(ours.lengths) == components
-    assert len({one.index for one in ours.evaluated}) == ours.rounds.asked
+    assert len({one.index for one in ours.evaluated}) == ours.rounds.taken.asked
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
