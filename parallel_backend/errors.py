@@ -37,6 +37,9 @@ HINTS = {
     ),
     "rank_died": "The next prompt starts a new pool. If it dies again, the rank's last lines say why.",
     "rank_timeout": "The next prompt starts a new pool. LEAPFROG_STEP_TIMEOUT (seconds) raises the limit.",
+    "no_shared_memory": (
+        "Steps travel through /dev/shm. Start a container with --shm-size=8g, or remove what fills /dev/shm."
+    ),
     "rank_oom": "Use a smaller size or batch, more components, or devices with more memory.",
     "rank_error": "The rank's traceback is in the log. Please report it with the workflow.",
 }

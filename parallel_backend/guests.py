@@ -71,11 +71,15 @@ class RemoteProcess(RankLog):
         """As a RankProcess has it, with the machine; or that the machine is lost. "" while it lives."""
         return self._gone.how if self._gone else ""
 
-    def end(self, grace_s: float) -> None:
-        """Have the joiner end the rank, and wait for it where its machine answers."""
+    def let_go(self) -> None:
+        """Have the joiner end the rank."""
         self._ending = True
         with contextlib.suppress(OSError):
             self._line.connection.shutdown(socket.SHUT_WR)
+
+    def end(self, grace_s: float) -> None:
+        """Let go, and wait for the rank's end where its machine answers."""
+        self.let_go()
         self._thread.join(2 * grace_s)
         with contextlib.suppress(OSError):
             self._line.connection.shutdown(socket.SHUT_RDWR)

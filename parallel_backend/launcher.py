@@ -193,13 +193,17 @@ class RankProcess(RankLog):
             level, text = (logging.getLevelName(tagged[1]), tagged[2]) if tagged else (logging.DEBUG, line)
             self._said(level, text)
 
-    def end(self, grace_s: float) -> None:
-        """Close the death pipe, wait ``grace_s``, then kill. The process is gone when this returns."""
+    def let_go(self) -> None:
+        """Close the death pipe: the process ends by itself."""
         assert self._process.stdin
         try:
             self._process.stdin.close()
         except OSError:
             pass
+
+    def end(self, grace_s: float) -> None:
+        """Let go, wait ``grace_s``, then kill. The process is gone when this returns."""
+        self.let_go()
         try:
             self._process.wait(grace_s)
         except subprocess.TimeoutExpired:

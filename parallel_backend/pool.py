@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import subprocess
 import threading
 import time
 import weakref
@@ -387,13 +388,17 @@ class Pool:
             except OSError:
                 pass
             channel.close()
-        threads = [threading.Thread(target=p.end, args=(END_GRACE_S,)) for p in self.processes]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        for process in self.processes:
+            process.let_go()
+        deadline = time.monotonic() + END_GRACE_S
+        for process in self.processes:  # without threads of our own: a Python that ends may start none
+            try:
+                process.end(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                log.warning("Leapfrog: rank %d does not end, not even when killed", process.rank)
         for arena in self.arenas.values():
-            arena.close()
+            with contextlib.suppress(BufferError):  # a courier that is stuck in it; the segment goes with its last view
+                arena.close()
         self.arenas.clear()
         self._calls.clear()
         self._gone.set()

@@ -6,8 +6,11 @@ msgpack) plus one :class:`TensorHead` per tensor; the bytes lie in an :class:`Ar
 
 from __future__ import annotations
 
+import errno
 import math
 import mmap
+import os
+import sys
 from collections.abc import Iterable, Sequence
 from multiprocessing import resource_tracker, shared_memory
 from types import SimpleNamespace
@@ -130,6 +133,17 @@ def slice_rows(head: TensorHead, rows: int, begin: int, end: int) -> TensorHead:
     return TensorHead(head.dtype, (end - begin, *head.shape[1:]), head.offset + begin * row_bytes)
 
 
+def _claim(memory: shared_memory.SharedMemory) -> None:
+    """Take a segment's memory now: where there is none left, the first write to it would end the process (SIGBUS)."""
+    if sys.platform != "linux":
+        return
+    try:
+        os.posix_fallocate(memory._fd, 0, memory.size)  # type: ignore[attr-defined]
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.ENOMEM):
+            raise
+
+
 class Arena:
     """A shared memory segment. The host creates it and removes it; ranks attach by name."""
 
@@ -141,7 +155,14 @@ class Arena:
 
     @classmethod
     def create(cls, size: int) -> Arena:
-        return cls(shared_memory.SharedMemory(create=True, size=max(size, ALIGN)), owner=True)
+        """A new segment. Raises LeapfrogError no_shared_memory where less than that is left."""
+        made = cls(shared_memory.SharedMemory(create=True, size=max(size, ALIGN)), owner=True)
+        try:
+            _claim(made._memory)
+        except OSError:
+            made.close()
+            raise LeapfrogError.of("no_shared_memory", f"{size / 1e6:.0f} MB of shared memory cannot be had.") from None
+        return made
 
     @classmethod
     def attach(cls, name: str) -> Arena:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -55,6 +56,9 @@ class MadeUpRank:
         if isinstance(self.connection, socket.socket):
             raise OSError("closed")
         self.connection.send(message)
+
+    def let_go(self) -> None:
+        pass
 
     def end(self, _grace_s: float) -> None:
         self.ended += 1
@@ -219,6 +223,25 @@ class TestState:
         pool = Pool(["cpu"])
         with pytest.raises(RuntimeError, match="starting cannot become busy"):
             pool._become(State.BUSY)
+
+    def test_an_end_starts_no_thread(self, monkeypatch: pytest.MonkeyPatch):
+        pool = made_up(MadeUpRank(0), MadeUpRank(1))
+        monkeypatch.setattr(threading.Thread, "start", lambda _: pytest.fail("a Python that ends may start none"))
+        pool.close()
+        assert [rank.ended for rank in pool.processes] == [1, 1]  # type: ignore[attr-defined]
+
+    def test_a_rank_that_cannot_be_killed_does_not_keep_the_rest(self, monkeypatch: pytest.MonkeyPatch):
+        pool = made_up(held := MadeUpRank(0), MadeUpRank(1))
+        pool.payload(torch.zeros(3), no_tick)
+
+        def end(grace_s: float) -> None:
+            raise subprocess.TimeoutExpired("rank", grace_s)
+
+        monkeypatch.setattr(held, "end", end)
+        pool.close()
+        assert pool.processes[1].ended == 1  # type: ignore[union-attr]
+        assert not pool.arenas
+        pool.close()
 
     @pytest.mark.parametrize("how", ["close", "broken"])
     def test_an_end_is_final(self, how: str):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from leapfrog.parallel_backend import LeapfrogError
 from leapfrog.parallel_backend.tensors import ALIGN, DTYPES, Arena, TensorHead, flatten, place, slice_rows, unflatten
 
 SCALARS = (
@@ -214,6 +218,22 @@ def test_what_cannot_travel_is_named_with_its_place():
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs shared memory that is a file")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere shared memory is no file system that can be full")
+def test_a_full_dev_shm_is_an_error_and_no_bus_error(monkeypatch: pytest.MonkeyPatch):
+    segments = []
+
+    def full(file: int, _offset: int, size: int) -> None:
+        segments.append(Path(os.readlink(f"/proc/self/fd/{file}")))
+        raise OSError(errno.ENOSPC if size > 64 else errno.EOPNOTSUPP, "")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    Arena.create(64).close()
+    with pytest.raises(LeapfrogError, match="shared memory cannot be had") as caught:
+        Arena.create(1 << 20)
+    assert caught.value.report.code == "no_shared_memory"
+    assert [segment.exists() for segment in segments] == [False, False]
+
+
 def test_a_segment_that_is_gone_is_closed_like_any_other():
     """Python removes it when a rank has no memory to map it, and the error of that rank is the one to be told."""
     arena = Arena.create(64)
