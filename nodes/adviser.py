@@ -5,6 +5,7 @@ from __future__ import annotations
 from inspect import cleandoc
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
@@ -84,7 +85,8 @@ class SurveySampler(RoundsSampler):
     """Leaves at the first call of the denoiser, with Surveyed."""
 
     def memory_for(self, patcher: Any, recipe: Recipe) -> LanesMemory:
-        return LanesMemory(patcher, Survey(self.plan.devices, recipe, comfy_host()))
+        size = comfy.model_management.module_size(patcher.model.diffusion_model)
+        return LanesMemory(patcher, Survey(self.plan.devices, recipe, comfy_host(), size))
 
 
 def measured(model: Any, positive: Any, latent_image: dict[str, Any], devices: str) -> Survey:

@@ -44,8 +44,10 @@ class Wave(Coroutine):
         # CFGOverride sets the guider's CFG for the time of an evaluation
         outside = getattr(self._guider, "cfg", None)
         self._guider.cfg = self._cfg
-        super().resume()
-        self._cfg, self._guider.cfg = self._guider.cfg, outside
+        try:
+            super().resume()
+        finally:
+            self._cfg, self._guider.cfg = self._guider.cfg, outside
 
 
 def ahead() -> bool:

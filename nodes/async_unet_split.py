@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from inspect import cleandoc
 
+import comfy.model_management
 from comfy_api.v0_0_2 import io
 
 from ..parallel_backend import LeapfrogError, SplitDenoiser, SplitPlan
@@ -153,6 +154,7 @@ class AsyncUNetSplit(io.ComfyNode):
             log.info("Leapfrog: one device (%s), so Async UNet Split passes the MODEL through.", plan.devices[0])
             return io.NodeOutput(model)
         plan.check(model.model.diffusion_model)
-        denoiser = SplitDenoiser(plan, recipe_of(model), comfy_host())
+        size = comfy.model_management.module_size(model.model.diffusion_model)
+        denoiser = SplitDenoiser(plan, recipe_of(model), comfy_host(), size)
         denoiser.check_patches(patches_of(model))
         return io.NodeOutput(StandInPatcher.of(model, denoiser))

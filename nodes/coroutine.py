@@ -42,10 +42,16 @@ class Coroutine:
         self.resume()
 
     def resume(self) -> None:
-        """Give it its turn; returns when it pauses or ends."""
+        """Give it its turn; returns when it pauses or ends.
+
+        Raises at once what is no Exception, such as a Cancel that it was the one to notice: nobody may ask for its
+        result.
+        """
         self.pending = None
         self._turn.release()
         self._back.acquire()
+        if not self._dropped and self._error is not None and not isinstance(self._error, Exception):
+            raise self._error
 
     def pause(self, pending: Any) -> None:
         """Called by ``work``: give the turn back until ``pending`` is ready."""

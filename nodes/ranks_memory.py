@@ -49,17 +49,22 @@ class RanksPatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
         freed = self.loaded_size()
-        self.denoiser.unload()
+        self.denoiser.unload(_notice_cancel)
         return freed
 
     def detach(self, unpatch_all: bool = True) -> Any:
         """For good, which ends the ranks, or to make room for something else of the prompt that is executed."""
         result = super().detach(unpatch_all)
         if unpatch_all and get_executing_context():
-            self.denoiser.release()
+            self.denoiser.release(_notice_cancel)
         elif unpatch_all:
             self.denoiser.close()
         return result
+
+
+def _notice_cancel() -> None:
+    if get_executing_context():  # between two prompts nobody would catch it
+        comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 class LanesMemory(RanksPatcher):

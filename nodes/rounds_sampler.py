@@ -126,7 +126,8 @@ class RoundsSampler(AheadSampler):
         kept = _memories.setdefault(patcher.model, {})
         key = self.plan.devices, recipe
         if key not in kept:
-            kept[key] = LanesMemory(patcher, LanesDenoiser(*key, comfy_host()))
+            size = comfy.model_management.module_size(patcher.model.diffusion_model)
+            kept[key] = LanesMemory(patcher, LanesDenoiser(*key, comfy_host(), size))
         return kept[key]
 
 

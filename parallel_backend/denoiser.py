@@ -35,10 +35,12 @@ class RemoteDenoiser:
 
     title = ""
 
-    def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost):
+    def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost, nbytes: int = 0):
+        """``nbytes`` are those of the denoiser's weights; 0: take the file's size."""
         self.devices = devices
         self.recipe = recipe
         self.host = host
+        self.nbytes = nbytes or recipe.stamp[0]
         self.report: RunReport | None = None
         self._pool: Pool | None = None
         self._slowest: dict[tuple[int, ...], float] = {}
@@ -75,7 +77,7 @@ class RemoteDenoiser:
         if self.report:
             self.report.notes.append(text)
 
-    def unload(self) -> None:
+    def unload(self, tick: Tick = lambda: None) -> None:
         """Drop the weights in the ranks; the next call loads them again. Ranks that cannot do so end."""
         pool = self._pool
         if pool is None:
@@ -87,7 +89,9 @@ class RemoteDenoiser:
                 return
             pool.memory.pop("loaded", None)
             try:
-                pool.request({r: Unload() for r in range(len(self.devices))}, UNLOAD_TIMEOUT_S, _no_tick)
+                # behind an evaluation that was cancelled, whatever that takes
+                limit = step_timeout_s() if pool.catching_up else UNLOAD_TIMEOUT_S
+                pool.request({r: Unload() for r in range(len(self.devices))}, limit, tick)
             except LeapfrogError as error:  # no reason to fail what the memory is for
                 log.warning("Leapfrog: the ranks did not unload and are ended: %s", error.report.message)
 
@@ -98,9 +102,9 @@ class RemoteDenoiser:
                 self._pool.close()
         self._pool = None
 
-    def release(self) -> None:
+    def release(self, tick: Tick = lambda: None) -> None:
         """Drop the weights in the ranks, which end if nobody comes back for them (``supervisor.UNUSED_S``)."""
-        self.unload()
+        self.unload(tick)
         if self._pool:
             self._pool.users.discard(self)
         self._pool = None
@@ -154,8 +158,7 @@ class RemoteDenoiser:
 
     def _whole_fits(self, pool: Pool) -> bool:
         """Whether each device can hold the whole denoiser."""
-        size = self.recipe.stamp[0]
-        return all(free is None or size <= FOR_WEIGHTS * free for free in pool.free)
+        return all(free is None or self.nbytes <= FOR_WEIGHTS * free for free in pool.free)
 
     def _load(self, pool: Pool, cut: Cut | None, lanes: list[list[int]], patches: Patches, tick: Tick) -> list[Loaded]:
         """What the ranks hold, after loading what they do not. ``lanes`` are the ranks of each lane, in order."""
@@ -185,10 +188,6 @@ class RemoteDenoiser:
         call = pool.submit(messages, tick, payload, lambda call, rank, reply: report.replied(call, rank, reply), step)
         report.sent(call.number, kind)
         return call
-
-
-def _no_tick() -> None:
-    pass
 
 
 def first_tensor(x: Any) -> torch.Tensor:

@@ -55,8 +55,8 @@ class LanesDenoiser(RemoteDenoiser):
 
     title = "ParaStep Sampler"
 
-    def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost):
-        super().__init__(devices, recipe, host)
+    def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost, nbytes: int = 0):
+        super().__init__(devices, recipe, host, nbytes)
         self.conditionings = 1
         self._run = 0
         self._unsent: list[LaneEvaluation] = []
@@ -141,14 +141,16 @@ class LanesDenoiser(RemoteDenoiser):
             parts = []
             for rank in evaluation.ranks:
                 if rank not in batch.read:
-                    batch.read[rank] = pool.read(batch.call.replies[rank].output)
+                    with pool.lock:
+                        batch.read[rank] = pool.read(batch.call.replies[rank].output)
                 begin, end = (
                     max(0, at - batch.shares[rank][0])
                     for at in (evaluation.begin, evaluation.begin + evaluation.rows.count)
                 )
                 parts.append(_cut(batch.read[rank], begin, end))
             if batch.unread == 1:
-                self._took(batch.call, batch.size, batch.sent_at)
+                with pool.lock:
+                    self._took(batch.call, batch.size, batch.sent_at)
         finally:
             self.drop(evaluation)
         return joined(parts)

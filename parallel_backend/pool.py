@@ -396,9 +396,13 @@ class Pool:
                 process.end(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 log.warning("Leapfrog: rank %d does not end, not even when killed", process.rank)
+        # whoever writes to an arena or reads it has the lock, and will soon be told that the pool has ended
+        locked = self.lock.acquire(timeout=END_GRACE_S)
         for arena in self.arenas.values():
             with contextlib.suppress(BufferError):  # a courier that is stuck in it; the segment goes with its last view
                 arena.close()
         self.arenas.clear()
+        if locked:
+            self.lock.release()
         self._calls.clear()
         self._gone.set()

@@ -14,6 +14,7 @@ import torch
 from .batching import Rows, rows_of
 from .cutting import choose_cut
 from .denoiser import Patches, RemoteDenoiser, first_tensor, joined, room_for_output
+from .errors import LeapfrogError
 from .plan import STALE_MODES, SplitPlan
 from .pool import Call, Pool, Tick
 from .protocol import Evaluate, Payload, Recipe, Trace, Traced
@@ -34,7 +35,7 @@ Times = tuple[float, float]
 class Pending:
     """An evaluation under way. ``finals`` are the ranks that will have its rows, in order.
 
-    ``measured`` is to be told the drift. Not the ``last`` of a call: another evaluation will ask for more of it.
+    ``measured`` is to be told the drift. A call may serve two evaluations, its ``first`` and its ``last``.
     """
 
     call: Call
@@ -42,6 +43,7 @@ class Pending:
     size: torch.Size
     sent_at: float
     measured: Callable[[float], None] | None = None
+    first: bool = True
     last: bool = True
 
 
@@ -60,8 +62,8 @@ class SplitDenoiser(RemoteDenoiser):
     _traces: ClassVar[dict[tuple[Recipe, tuple[str, ...], str], dict[int, Traced]]] = {}
     _units: ClassVar[dict[Recipe, list[str]]] = {}
 
-    def __init__(self, plan: SplitPlan, recipe: Recipe, host: ComfyHost):
-        super().__init__(plan.devices, recipe, host)
+    def __init__(self, plan: SplitPlan, recipe: Recipe, host: ComfyHost, nbytes: int = 0):
+        super().__init__(plan.devices, recipe, host, nbytes)
         self.plan = plan
         self._lanes: list[list[int]] = []
         self._rests: dict[int, Pending] = {}
@@ -137,10 +139,12 @@ class SplitDenoiser(RemoteDenoiser):
             if pending.measured:
                 self._wait([pending.call], sorted(pending.call.ranks), [pending.size], tick)
                 pending.measured(max(reply.drift for reply in pending.call.replies.values()))
-            parts = [pool.read(pending.call.replies[rank].output) for rank in pending.finals]
+            with pool.lock:
+                parts = [pool.read(pending.call.replies[rank].output) for rank in pending.finals]
+                if pending.first:
+                    self._took(pending.call, pending.size, pending.sent_at)
         finally:
             self.drop(pending)
-        self._took(pending.call, pending.size, pending.sent_at)
         return joined(parts)
 
     def drop(self, pending: Pending) -> None:
@@ -186,7 +190,9 @@ class SplitDenoiser(RemoteDenoiser):
         learnt.update((number, rank) for rank in messages)
         if two_steps:
             pending.last = False
-            self._rests[how.stream] = replace(pending, finals=[lane.ranks[at_last] for lane in lanes], last=True)
+            self._rests[how.stream] = replace(
+                pending, finals=[lane.ranks[at_last] for lane in lanes], first=False, last=True
+            )
         if how.measure:
             pending.measured = lambda drift: self._streams.drifted(how, drift)
         return pending
@@ -216,7 +222,11 @@ class SplitDenoiser(RemoteDenoiser):
                 starts, wanted = True, None
                 traces, asked = self._trace(pool, payload, patches, every_rank=True, tick=tick)
             if starts:
-                wanted = choose_cut(traces, self._lanes, self.plan, wanted)
+                try:
+                    wanted = choose_cut(traces, self._lanes, self.plan, wanted)
+                except LeapfrogError:
+                    self._forget_traces()  # they say how much memory was free then
+                    raise
         if held == (self.recipe, wanted, self._lanes, patches[0]):
             loaded = pool.memory["loaded"][1]
         else:
@@ -249,11 +259,14 @@ class SplitDenoiser(RemoteDenoiser):
         self._units[self.recipe] = [unit.path for unit in first.units]
         if units and units != self._units[self.recipe]:
             # a unit runs several times in a call of this kind, so nobody can hold it alone: all is to be cut anew
-            for key in [key for key in self._traces if key[0] == self.recipe]:
-                del self._traces[key]
+            self._forget_traces()
         self._traces.setdefault(self._layout_key(payload), {}).update(seen)
         log.info("Leapfrog: watched %d units in %.1f s", len(first.units), time.monotonic() - began)
         return [seen[rank] for rank in ranks], True
+
+    def _forget_traces(self) -> None:
+        for key in [key for key in self._traces if key[0] == self.recipe]:
+            del self._traces[key]
 
     def _layout_key(self, payload: Payload) -> tuple[Recipe, tuple[str, ...], str]:
         return self.recipe, self.devices, _layout_of(payload)

@@ -44,8 +44,8 @@ class Survey(LanesDenoiser):
     title = "Leapfrog Adviser"
     WISHES: ClassVar = WISHES
 
-    def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost):
-        super().__init__(devices, recipe, host)
+    def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost, nbytes: int = 0):
+        super().__init__(devices, recipe, host, nbytes)
         self.facts: Facts | None = None
 
     def advise(self, steps: int, conditionings: int, wish: str) -> list[Advice]:

@@ -82,7 +82,7 @@ def test_comfyui_is_asked_for_the_room_that_ranks_need(model: Any, devices: str,
 
 def test_less_memory_than_the_whole_denoiser_needs_is_no_reason_to_unload(model: Any, monkeypatch: pytest.MonkeyPatch):
     made = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0]
-    monkeypatch.setattr(made.denoiser, "unload", lambda: pytest.fail("unloaded"))
+    monkeypatch.setattr(made.denoiser, "unload", lambda *_: pytest.fail("unloaded"))
     made.partially_load(GPU, extra_memory=-1e9)
 
 
@@ -104,7 +104,7 @@ def test_lanes_get_room_before_they_load_and_the_memory_manager_knows_of_them(
     monkeypatch.setattr(manager, "free_memory", lambda size, *_, **__: asked.append(size))
     unloaded: list[bool] = []
     lanes: Any = SimpleNamespace(
-        devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: held * rank, unload=lambda: unloaded.append(True),
+        devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: held * rank, unload=lambda _tick: unloaded.append(True),
     )  # fmt: skip
     memory = LanesMemory(model, lanes)
     for _ in range(2):

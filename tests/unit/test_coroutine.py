@@ -1,0 +1,59 @@
+"""A function in a thread of its own that has the turn or waits for it."""
+
+from __future__ import annotations
+
+import pytest
+
+from leapfrog.nodes.coroutine import Coroutine, pause
+
+
+class Cancel(BaseException):
+    """As ComfyUI's own, which is no Exception."""
+
+
+def after_a_pause(error: BaseException | None) -> int:
+    pause("what it waits for")
+    if error:
+        raise error
+    return 7
+
+
+def test_it_pauses_and_goes_on():
+    made = Coroutine(lambda: after_a_pause(None), "test")
+    assert (made.pending, made.ended) == ("what it waits for", False)
+    made.resume()
+    assert (made.pending, made.ended, made.result()) == (None, True, 7)
+
+
+def test_an_error_waits_for_whoever_asks_for_the_result():
+    made = Coroutine(lambda: after_a_pause(ValueError("wrong")), "test")
+    made.resume()
+    assert made.ended
+    with pytest.raises(ValueError, match="wrong"):
+        made.result()
+
+
+def test_a_cancel_does_not_wait():
+    made = Coroutine(lambda: after_a_pause(Cancel()), "test")
+    with pytest.raises(Cancel):
+        made.resume()
+    made.drop()
+    with pytest.raises(Cancel):
+        Coroutine(cancelled, "test")
+
+
+def cancelled() -> None:
+    raise Cancel
+
+
+def test_what_is_dropped_ends_in_silence():
+    ended = []
+
+    def work() -> None:
+        try:
+            pause(None)
+        finally:
+            ended.append(True)
+
+    Coroutine(work, "test").drop()
+    assert ended == [True]
