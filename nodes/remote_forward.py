@@ -73,7 +73,10 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     patches = patches_of(patcher)
     pending: Any
     if isinstance(denoiser, LanesDenoiser):
-        tree = (args, {**kwargs, "transformer_options": per_row(going, _rows(x))})
+        tree = (
+            args,
+            {**kwargs, "transformer_options": per_row(going, (x if isinstance(x, torch.Tensor) else x[0]).shape[0])},
+        )
         alone = of_one_sigma(patcher.model.diffusion_model, going)
         group = int(kwargs.get("num_video_frames", 1))
         pending = denoiser.submit(tree, x, group, patches, tick, alone, lanes_in_call())
@@ -92,10 +95,6 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
         raise
     output = denoiser.result(pending, tick)
     return output.to(x.device) if isinstance(x, torch.Tensor) else [part.to(x[0].device) for part in output]
-
-
-def _rows(x: Any) -> int:
-    return (x if isinstance(x, torch.Tensor) else x[0]).shape[0]
 
 
 def per_row(options: dict[str, Any], rows: int) -> dict[str, Any]:

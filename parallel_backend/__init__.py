@@ -10,7 +10,7 @@ The life of one denoise step, which is also the reading order:
     is and ``cutting.py`` where to cut. The schedule (``schedules/``, pure functions) says whether an evaluation is
     exact or asynchronous, or which rows go to which rank (``batching.py``).
 3.  The tensors are written to shared memory (``tensors.py``) and one typed message (``protocol.py``) goes down each
-    rank's channel (``channel.py``).
+    rank's channel (``channel.py``), for which both ends proved a secret (``handshake.py``).
 4.  The pool (``pool.py``) waits for the replies under a deadline, notices ranks that die, and lets the caller cancel.
     ``supervisor.py`` gives it out, ``starting.py`` brings it up; processes are started and ended in ``launcher.py``.
 5.  In a rank (``worker/rank.py``) the component or the whole denoiser runs with ComfyUI's own code; ranks exchange

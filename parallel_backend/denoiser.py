@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from .cutting import FOR_WEIGHTS
+from .devices import CPU, kind_of
 from .errors import LeapfrogError
-from .plan import CPU, kind_of
 from .pool import Call, Pool, Tick
 from .protocol import Cut, Evaluate, Load, Loaded, Payload, Recipe, Release, Unload
 from .report import RunReport

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
-from .channel import Channel, Door
+from .channel import Channel
 from .courier import HostCourier
+from .devices import kind_of, machine_of
 from .errors import LeapfrogError
+from .handshake import Door
 from .launcher import RankLog
 from .machines import Machines, versions
-from .plan import kind_of, machine_of
 from .protocol import Beat, FromJoiner, Gone, LaunchSpec, Offer, Orders, Said
 from .tensors import Arena
 

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import msgspec
 
-from .channel import Channel, prove
+from .channel import Channel
+from .devices import CPU, device_here, this_machine
 from .doctor.comfyui import find_comfyui, own_and_flags
 from .errors import LeapfrogError
 from .guests import BEAT_S, LISTEN_S, SILENCE_S
+from .handshake import prove
 from .launcher import RankProcess
 from .machines import Machines, versions
-from .plan import CPU, device_here, this_machine
 from .protocol import Beat, Gone, LaunchSpec, Offer, Orders, Said, ToJoiner
 
 log = logging.getLogger("leapfrog")

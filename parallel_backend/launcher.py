@@ -22,7 +22,7 @@ from pathlib import Path
 import msgspec
 
 from .channel import SEND_TIMEOUT_S, Channel
-from .plan import kind_of
+from .devices import kind_of
 from .protocol import LOOPBACK, FromRank, LaunchSpec
 from .tensors import Arena
 

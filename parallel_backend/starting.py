@@ -13,12 +13,12 @@ from typing import Any
 
 import msgspec
 
-from .channel import Door
+from .devices import CPU, kind_of, machine_of, this_machine
 from .errors import ErrorReport
 from .guests import RemoteProcess, invite
+from .handshake import Door
 from .launcher import RankProcess
 from .machines import Machines
-from .plan import CPU, kind_of, machine_of, this_machine
 from .pool import POLL_S, Pool, State, Tick
 from .protocol import LOOPBACK, Failed, Hello, Join, LaunchSpec, RankMessage, Ready
 from .settings import start_timeout_s, step_timeout_s

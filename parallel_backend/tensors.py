@@ -32,7 +32,7 @@ DtypeName = Literal[
 Bytes = Annotated[int, msgspec.Meta(ge=0, le=MAX_ELEMENTS)]
 Shape = Annotated[tuple[Bytes, ...], msgspec.Meta(max_length=MAX_DIMS)]
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(DtypeName)}
-_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class TensorHead(msgspec.Struct, frozen=True, array_like=True):
@@ -64,8 +64,8 @@ def flatten(tree: Any, where: str = "value") -> tuple[Any, list[torch.Tensor]]:
             return [kind, [walk(item, f"{path}[{i}]", depth + 1) for i, item in enumerate(value)]]
         if isinstance(value, dict):
             return ["d", [[walk(k, path, depth + 1), walk(v, f"{path}[{k!r}]", depth + 1)] for k, v in value.items()]]
-        if isinstance(value, torch.dtype) and value in _NAMES:
-            return ["y", _NAMES[value]]
+        if isinstance(value, torch.dtype) and value in DTYPE_NAMES:
+            return ["y", DTYPE_NAMES[value]]
         raise TypeError(
             f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which cannot travel to a rank"
         )
@@ -105,10 +105,10 @@ def place(tensors: Iterable[torch.Tensor], start: int = 0) -> tuple[list[TensorH
     """Heads that lay the tensors out one after another from ``start``, and the first free byte after them."""
     heads, at = [], start
     for tensor in tensors:
-        if tensor.dtype not in _NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise TypeError(f"a {tensor.dtype} tensor cannot travel to a rank")
         at = -(-at // ALIGN) * ALIGN
-        heads.append(TensorHead(_NAMES[tensor.dtype], tuple(tensor.shape), at))
+        heads.append(TensorHead(DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), at))
         at += tensor.numel() * tensor.element_size()
     return heads, -(-at // ALIGN) * ALIGN
 

@@ -108,12 +108,3 @@ def needed_by(flow: Flow, bounds: Sequence[tuple[int, int]], position: int) -> l
 def owner_of(bounds: Sequence[tuple[int, int]], unit: int) -> int:
     """The position of the component that holds ``unit``."""
     return next(position for position, (first, last) in enumerate(bounds) if first <= unit <= last)
-
-
-def crossing_bytes(flow: Flow, bounds: Sequence[tuple[int, int]], nbytes: Sequence[int]) -> list[int]:
-    """Bytes that each component sends per evaluation; ``nbytes[u]`` is the size of unit ``u``'s output."""
-    sent = [0] * len(bounds)
-    for position in range(len(bounds)):
-        for unit in needed_by(flow, bounds, position):
-            sent[owner_of(bounds, unit)] += nbytes[unit]
-    return sent

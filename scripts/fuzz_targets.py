@@ -17,8 +17,9 @@ from torch.overrides import get_overridable_functions
 
 from fuzz_messages import FROM_HOST, FROM_JOINER, FROM_RANK, ORDERS, RECIPE, SECRET, Accepted, in_order, require
 from fuzz_mutator import Mutator
-from leapfrog.parallel_backend import channel, protocol
-from leapfrog.parallel_backend.channel import Channel, Door
+from leapfrog.parallel_backend import handshake, protocol
+from leapfrog.parallel_backend.channel import Channel
+from leapfrog.parallel_backend.handshake import Door
 from leapfrog.parallel_backend.tensors import Arena, TensorHead, flatten, place, unflatten
 from leapfrog.parallel_backend.worker.models import inside_patches
 from pack import comfyui_dir
@@ -39,10 +40,10 @@ def at_the_door(mutator: Mutator) -> Frames:
             let_in(door, 0, thread)
             silent: list[socket.socket] = []
             for _ in range(ROUND):
-                stranger = socket.create_connection((channel.LOOPBACK, door.port), 10)
+                stranger = socket.create_connection((handshake.LOOPBACK, door.port), 10)
                 kind = rng.randrange(5)
                 claim = rng.randbytes(32) + rng.randrange(WORLD).to_bytes(2, "big")
-                said = claim + channel._proof(SECRET, b"rank", rng.randbytes(32), claim)  # of another connection
+                said = claim + handshake._proof(SECRET, b"rank", rng.randbytes(32), claim)  # of another connection
                 if kind == 0:
                     said = mutator.garbage()
                 elif kind == 1:
@@ -53,7 +54,7 @@ def at_the_door(mutator: Mutator) -> Frames:
                     while not (nonce := received(stranger)):
                         require(door.admit(0) is None)
                     claim = rng.randbytes(32) + rng.choice((0, WORLD, 65535)).to_bytes(2, "big")
-                    said = claim + channel._proof(SECRET, b"rank", nonce, claim)
+                    said = claim + handshake._proof(SECRET, b"rank", nonce, claim)
                 if rng.random() < 0.2:
                     said = said[: rng.choice((1, 33, 65))]
                 try:
@@ -67,7 +68,7 @@ def at_the_door(mutator: Mutator) -> Frames:
                 else:
                     stranger.close()
                 require(door.admit(0) is None)
-                require(len(door._callers) <= channel.MAX_WAITING)
+                require(len(door._callers) <= handshake.MAX_WAITING)
                 yield len(said), False
             let_in(door, WORLD - 1, thread)
             for sock in silent:
@@ -76,7 +77,7 @@ def at_the_door(mutator: Mutator) -> Frames:
 
 def let_in(door: Door, rank: int, thread: ThreadPoolExecutor) -> None:
     """A rank that knocks comes in, and nobody else."""
-    knocking = thread.submit(channel.knock, door.port, rank, SECRET, 60.0)
+    knocking = thread.submit(handshake.knock, door.port, rank, SECRET, 60.0)
     while not (caller := door.admit(0.01)):
         pass
     require(caller[0] == rank)
@@ -104,7 +105,7 @@ def at_a_rank_that_knocks(mutator: Mutator) -> Frames:
             listener.sendall(said)
             listener.shutdown(socket.SHUT_WR)
             try:
-                channel.prove(rank, 1, SECRET)
+                handshake.prove(rank, 1, SECRET)
             except OSError:
                 yield len(said), False
             else:
@@ -117,7 +118,7 @@ def at_a_channel(mutator: Mutator, union: Any, messages: list[Any]) -> Frames:
     trees = [msgspec.msgpack.decode(body) for body in bodies]
     other_way = [msgspec.msgpack.encode(m) for m in (FROM_RANK if messages is FROM_HOST else FROM_HOST)]
     while True:
-        with channel.listen() as listener:
+        with handshake.listen() as listener:
             other = socket.create_connection(listener.getsockname(), 10)
             end: Channel[Any] = Channel(listener.accept()[0], union)
         for _ in range(ROUND):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from quality_report import SAME, Row, line
 
@@ -25,16 +26,11 @@ predictors, EasyCache, a picture, and the command that repeats it, for each mode
 
 def read(path: Path) -> list[Row]:
     """The rows of a CSV file that quality_report.write() wrote."""
-    whole = ("steps", "of", "right", "samples")
+    read_as: dict[str, Callable[[str], Any]] = {"mode": str, "degree": lambda text: int(text) if text else None}
+    read_as |= dict.fromkeys(("steps", "of", "right", "samples"), int)
     with path.open(newline="") as file:
-        return [
-            Row(
-                row.pop("mode"),
-                int(degree) if (degree := row.pop("degree")) else None,
-                **{key: int(text) if key in whole else float(text) for key, text in row.items()},
-            )
-            for row in csv.DictReader(file)
-        ]
+        rows = [{key: read_as.get(key, float)(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    return [Row(**row) for row in rows]
 
 
 def write_summary(folder: Path) -> None:

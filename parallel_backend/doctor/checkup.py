@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO, cast
 
-from ..plan import CPU, kind_of
+from ..devices import CPU, kind_of
 from ..supervisor import ComfyHost
 from .choice import choices, count, settings
 from .comfyui import find_comfyui, nodes_in_comfyui, own_and_flags

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.cuda import nccl
 
+from ..devices import this_machine
 from ..machines import stated
-from ..plan import this_machine
 from .sheet import Sheet
 
 PACK = Path(os.path.abspath(__file__)).parents[2]

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..devices import CPU, kind_of
 from ..errors import LeapfrogError
-from ..plan import CPU, kind_of
 from ..protocol import Echo, Probe, Probed
 from ..starting import backend_of
 from ..supervisor import ComfyHost, Pool, Tick, acquire, close_all

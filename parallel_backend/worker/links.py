@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ..channel import listen
+from ..handshake import listen
 from ..tensors import place
 
 log = logging.getLogger("leapfrog.rank")

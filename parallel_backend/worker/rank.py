@@ -16,10 +16,11 @@ from typing import Any
 import msgspec
 import torch
 
-from ..channel import Channel, knock
+from ..channel import Channel
 from ..courier import RankCourier
+from ..devices import machine_of
 from ..errors import ErrorReport, LeapfrogError
-from ..plan import machine_of
+from ..handshake import knock
 from ..protocol import (
     Done,
     Echo,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from campaign import wait_until
-from leapfrog.parallel_backend import channel
+from leapfrog.parallel_backend import handshake
 from leapfrog.parallel_backend.courier import READ_S, HostCourier, RankCourier
 from leapfrog.parallel_backend.protocol import (
     Done,
@@ -27,7 +27,7 @@ Ends = tuple[HostCourier, RankCourier, Arena, list[str]]
 @pytest.fixture
 def couriers() -> Iterator[Ends]:
     """(the host's end, the rank's end, the host's arena, who has noticed that the connection is gone)"""
-    with channel.listen() as listener:
+    with handshake.listen() as listener:
         left = socket.create_connection(listener.getsockname())
         right = listener.accept()[0]
     arena, noticed = Arena.create(1 << 20), []
@@ -138,7 +138,7 @@ def test_a_rank_keeps_the_arenas_that_the_host_may_still_speak_of(couriers: Ends
 
 def test_a_machine_that_takes_nothing_is_given_up_in_time(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("LEAPFROG_STEP_TIMEOUT", "0.3")
-    with channel.listen() as listener:
+    with handshake.listen() as listener:
         left = socket.create_connection(listener.getsockname())
         right = listener.accept()[0]
     arena = Arena.create(1 << 20)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import fuzz
-from leapfrog.parallel_backend import channel
-from leapfrog.parallel_backend.channel import Channel, Door
+from leapfrog.parallel_backend import handshake
+from leapfrog.parallel_backend.channel import Channel
+from leapfrog.parallel_backend.handshake import Door
 from leapfrog.parallel_backend.tensors import Arena
 
 
@@ -37,7 +38,7 @@ def test_a_parser_that_raises_what_it_should_not_is_a_crash(monkeypatch: pytest.
 
 
 def test_a_door_that_asks_for_no_proof_is_seen(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(channel.hmac, "compare_digest", lambda *_: True)
+    monkeypatch.setattr(handshake.hmac, "compare_digest", lambda *_: True)
     assert only(monkeypatch, "door")["accepted"] > 0
 
 

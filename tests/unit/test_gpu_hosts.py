@@ -14,7 +14,7 @@ from leapfrog.nodes import AsyncUNetSplit
 from leapfrog.nodes.ranks_memory import LanesMemory
 from leapfrog.nodes.recipe import COMPUTE_ARGS, compute_args
 from leapfrog.parallel_backend import plan
-from leapfrog.parallel_backend.plan import Machine
+from leapfrog.parallel_backend.devices import Machine
 from leapfrog.parallel_backend.worker.models.trace import Stash
 from ranks import load
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from bootstrap import COMFYUI_VERSION
-from leapfrog.parallel_backend import LeapfrogError, channel, guests, joining
+from leapfrog.parallel_backend import LeapfrogError, channel, guests, handshake, joining
+from leapfrog.parallel_backend.devices import Machine, choose_devices, kind_of, machine_of
 from leapfrog.parallel_backend.launcher import interface_of, rank_environment
 from leapfrog.parallel_backend.machines import Machines, versions
-from leapfrog.parallel_backend.plan import Machine, choose_devices, kind_of, machine_of
 from leapfrog.parallel_backend.protocol import (
     Beat,
     FromJoiner,
@@ -138,7 +138,7 @@ def test_a_rank_there_sees_its_gpu_and_talks_at_its_address(monkeypatch: pytest.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     environment = rank_environment("b/cuda:1", "gloo", 0)
     assert environment["CUDA_VISIBLE_DEVICES"] == "5"
-    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == interface_of(channel.LOOPBACK)
+    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == interface_of(handshake.LOOPBACK)
     with pytest.raises(OSError, match=r"192\.0\.2\.77"):
         rank_environment("cpu", "gloo", 1, "192.0.2.77")
 
@@ -209,7 +209,7 @@ class Unkillable:
 def test_a_joiner_outlives_a_rank_that_does_not_end(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(joining, "Child", Unkillable)
     spec = LaunchSpec(1, 2, "b/cpu", "gloo", 1, 1, "00" * 32, "nowhere", [], 1.0)
-    with channel.listen() as listener:
+    with handshake.listen() as listener:
         line = channel.Channel(socket.create_connection(listener.getsockname()), joining.ToJoiner, 5)
         host = channel.Channel(listener.accept()[0], FromJoiner, 5)
     host.send(Orders(spec))

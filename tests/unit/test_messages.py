@@ -17,9 +17,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from leapfrog.parallel_backend import LeapfrogError, channel, protocol
-from leapfrog.parallel_backend.channel import Channel, Door, listen
+from leapfrog.parallel_backend import LeapfrogError, handshake, protocol
+from leapfrog.parallel_backend.channel import Channel
 from leapfrog.parallel_backend.errors import HINTS, ErrorReport
+from leapfrog.parallel_backend.handshake import Door, listen
 from leapfrog.parallel_backend.protocol import Done, FromHost, FromRank, Loaded
 from leapfrog.parallel_backend.report import TRACE_DIR, RunReport
 from leapfrog.parallel_backend.tensors import TensorHead
@@ -217,7 +218,7 @@ def door() -> Iterator[Door]:
 def knocking(port: int, rank: int, secret: str = SECRET, timeout_s: float = 10) -> Iterator[Future[socket.socket]]:
     """A rank that knocks meanwhile, in a thread."""
     with ThreadPoolExecutor(1) as thread:
-        call = thread.submit(channel.knock, port, rank, secret, timeout_s)
+        call = thread.submit(handshake.knock, port, rank, secret, timeout_s)
         yield call
         if call.exception() is None:
             call.result().close()
@@ -250,19 +251,19 @@ def test_a_stranger_is_turned_away_and_the_rank_after_it_let_in(door: Door, said
 
 def test_slow_callers_do_not_keep_a_rank_waiting(door: Door, monkeypatch: pytest.MonkeyPatch):
     """Not even where each of them may be slow for ever, and there are more than the door hears at a time."""
-    monkeypatch.setattr(channel, "PROOF_TIMEOUT_S", 3600)
+    monkeypatch.setattr(handshake, "PROOF_TIMEOUT_S", 3600)
     crowd = [socket.create_connection(("127.0.0.1", door.port)) for _ in range(100)]
     for stranger in crowd:
         stranger.sendall(b"x")
     with knocking(door.port, 1):
         assert admitted(door) == 1
-    assert len(door._callers) <= channel.MAX_WAITING
+    assert len(door._callers) <= handshake.MAX_WAITING
     for stranger in crowd:
         stranger.close()
 
 
 def test_a_slow_caller_is_turned_away(door: Door, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(channel, "PROOF_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(handshake, "PROOF_TIMEOUT_S", 0.05)
     with socket.create_connection(("127.0.0.1", door.port)) as stranger:
         assert admitted(door, 0.5) is None
         stranger.settimeout(5)
@@ -272,7 +273,7 @@ def test_a_slow_caller_is_turned_away(door: Door, monkeypatch: pytest.MonkeyPatc
 
 def test_a_rank_that_is_slow_to_speak_is_let_in(door: Door):
     caller = socket.create_connection(("127.0.0.1", door.port))
-    late = threading.Timer(0.3, channel.prove, (caller, 1, SECRET))
+    late = threading.Timer(0.3, handshake.prove, (caller, 1, SECRET))
     late.start()
     assert admitted(door) == 1
     late.join()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from leapfrog.parallel_backend import LanesPlan, LeapfrogError, SplitPlan, plan
-from leapfrog.parallel_backend.plan import Machine, choose_devices
+from leapfrog.parallel_backend.devices import Machine, choose_devices
 
 NO_GPU, TWO_GPUS = Machine(cuda=0, cores=4), Machine(cuda=2, cores=16)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import full_size
 import tiny_models
 from leapfrog.parallel_backend import LeapfrogError
-from leapfrog.parallel_backend.units import Flow, Output, crossing_bytes, find_units, needed_by, owner_of
+from leapfrog.parallel_backend.units import Flow, Output, find_units, needed_by, owner_of
 
 OUTPUT = Output(["t", 0], [("float32", (1,))])
 
@@ -44,12 +44,6 @@ def test_every_unit_has_one_owner(case: tuple[Flow, list[tuple[int, int]]]):
     for unit in range(len(flow.reads)):
         first, last = bounds[owner_of(bounds, unit)]
         assert first <= unit <= last
-
-
-def test_bytes_that_cross():
-    chain_with_a_skip = Flow([[], [0], [1], [0, 2]], [3], [OUTPUT] * 4)
-    assert crossing_bytes(chain_with_a_skip, [(0, 0), (1, 2), (3, 3)], [10, 20, 40, 80]) == [20, 40, 0]
-    assert crossing_bytes(chain_with_a_skip, [(0, 3)], [10, 20, 40, 80]) == [0]
 
 
 def test_the_units_of_a_flux():

@@ -14,7 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ...protocol import Recipe, Traced, UnitTrace
-from ...tensors import DTYPES, flatten
+from ...tensors import DTYPE_NAMES, flatten
 from ...units import Flow, Output, find_units
 from .denoiser import HeldDenoiser
 from .inputs import forward_inputs
@@ -22,7 +22,6 @@ from .loader import build, weight_bytes
 
 SMALL = 1 << 16
 MARK = "leapfrog_reads"
-DTYPE_NAMES: dict[torch.dtype, Any] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 # Inference tensors do not tell whether they were changed in place.
