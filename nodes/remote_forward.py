@@ -73,10 +73,8 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     patches = patches_of(patcher)
     pending: Any
     if isinstance(denoiser, LanesDenoiser):
-        tree = (
-            args,
-            {**kwargs, "transformer_options": per_row(going, (x if isinstance(x, torch.Tensor) else x[0]).shape[0])},
-        )
+        rows = (x if isinstance(x, torch.Tensor) else x[0]).shape[0]
+        tree = (args, {**kwargs, "transformer_options": per_row(going, rows)})
         alone = of_one_sigma(patcher.model.diffusion_model, going)
         group = int(kwargs.get("num_video_frames", 1))
         pending = denoiser.submit(tree, x, group, patches, tick, alone, lanes_in_call())

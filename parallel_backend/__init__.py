@@ -6,9 +6,9 @@ The life of one denoise step, which is also the reading order:
 1.  ``nodes/`` hands the arguments of ``diffusion_model.forward`` to a :class:`SplitDenoiser` (``split_denoiser.py``) or
     :class:`LanesDenoiser` (``lanes_denoiser.py``), made from a frozen plan (``plan.py``) and a recipe; what both share
     is in ``denoiser.py``.
-2.  Where the denoiser is to be cut, the ranks watch it run (``worker/models/trace.py``), ``units.py`` says what a unit
-    is and ``cutting.py`` where to cut. The schedule (``schedules/``, pure functions) says whether an evaluation is
-    exact or asynchronous, or which rows go to which rank (``batching.py``).
+2.  Where the denoiser is to be cut, the ranks watch it run (``watching.py``, ``worker/models/trace.py``), ``units.py``
+    says what a unit is and ``cutting.py`` where to cut. The schedule (``schedules/``, pure functions) says whether an
+    evaluation is exact or asynchronous, or which rows go to which rank (``batching.py``).
 3.  The tensors are written to shared memory (``tensors.py``) and one typed message (``protocol.py``) goes down each
     rank's channel (``channel.py``), for which both ends proved a secret (``handshake.py``).
 4.  The pool (``pool.py``) waits for the replies under a deadline, notices ranks that die, and lets the caller cancel.

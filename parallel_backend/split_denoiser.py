@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -17,15 +15,11 @@ from .denoiser import Patches, RemoteDenoiser, first_tensor, joined, room_for_ou
 from .errors import LeapfrogError
 from .plan import STALE_MODES, SplitPlan
 from .pool import Call, Pool, Tick
-from .protocol import Evaluate, Payload, Recipe, Trace, Traced
+from .protocol import Evaluate, Payload, Recipe
 from .schedules.asyncdiff import Streams
 from .schedules.parastep import Guard, Predictor
-from .settings import step_timeout_s
 from .starting import ComfyHost
-from .units import Flow
-
-log = logging.getLogger("leapfrog")
-TRACE_ROUNDS = 3
+from .watching import Watched
 
 # The timesteps of the steps before and after the current one, as multiples of its own.
 Times = tuple[float, float]
@@ -59,12 +53,11 @@ class SplitDenoiser(RemoteDenoiser):
     """Async UNet Split: each rank holds one component; with guidance, two lanes of components share the rows."""
 
     title = "Async UNet Split"
-    _traces: ClassVar[dict[tuple[Recipe, tuple[str, ...], str], dict[int, Traced]]] = {}
-    _units: ClassVar[dict[Recipe, list[str]]] = {}
 
     def __init__(self, plan: SplitPlan, recipe: Recipe, host: ComfyHost, nbytes: int = 0):
         super().__init__(plan.devices, recipe, host, nbytes)
         self.plan = plan
+        self._watched = Watched(recipe, plan.devices)
         self._lanes: list[list[int]] = []
         self._rests: dict[int, Pending] = {}
         self._forget_streams()
@@ -164,7 +157,7 @@ class SplitDenoiser(RemoteDenoiser):
         self, pool: Pool, lanes: list[Lane], payloads: list[Payload], out: int, x: Any, stream: Hashable,
         times: Times, ahead: bool, tick: Tick,
     ) -> Pending:  # fmt: skip
-        number, flow = self._layout(pool, payloads[0]) if self.components > 1 else (0, None)
+        number, flow = self._watched.layout(pool, payloads[0]) if self.components > 1 else (0, None)
         learnt: set[tuple[int, int]] = pool.memory.setdefault("learnt", set())
         how = self._streams.next((stream, number))
         if how.rest:
@@ -217,15 +210,16 @@ class SplitDenoiser(RemoteDenoiser):
         asked = False
         if self.components > 1:
             starts = wanted is None or not self.report or not self.report.calls
-            traces, asked = self._trace(pool, payload, patches, every_rank=starts, tick=tick)
-            if wanted and wanted.units != self._units[self.recipe]:
+            one = None if starts else self._lanes[0][0]
+            traces, asked = self._watched.look(pool, payload, patches[2], one, tick)
+            if wanted and wanted.units != self._watched.units:
                 starts, wanted = True, None
-                traces, asked = self._trace(pool, payload, patches, every_rank=True, tick=tick)
+                traces, asked = self._watched.look(pool, payload, patches[2], None, tick)
             if starts:
                 try:
                     wanted = choose_cut(traces, self._lanes, self.plan, wanted)
                 except LeapfrogError:
-                    self._forget_traces()  # they say how much memory was free then
+                    self._watched.forget()  # it says how much memory was free then
                     raise
         if held == (self.recipe, wanted, self._lanes, patches[0]):
             loaded = pool.memory["loaded"][1]
@@ -239,44 +233,6 @@ class SplitDenoiser(RemoteDenoiser):
         self.report.loaded = loaded
         return asked
 
-    def _trace(
-        self, pool: Pool, payload: Payload, patches: Patches, every_rank: bool, tick: Tick
-    ) -> tuple[list[Traced], bool]:
-        """What ranks saw of the denoiser with inputs of this layout, and whether they had to look now.
-
-        Every rank measures unit times; one rank alone is asked for the flow only.
-        """
-        known = self._traces.setdefault(self._layout_key(payload), {})
-        ranks = range(len(self.devices)) if every_rank else self._lanes[0][:1]
-        if all(rank in known for rank in ranks) or (known and not every_rank):
-            return [known[rank] for rank in sorted(known)], False
-        units = self._units.get(self.recipe, [])
-        rounds = TRACE_ROUNDS if every_rank else 0
-        trace = Trace(recipe=self.recipe, inputs=payload, units=units, rounds=rounds, shapes=patches[2])
-        began = time.monotonic()
-        seen = pool.request(dict.fromkeys(ranks, trace), step_timeout_s(), tick, using=payload)
-        first: Traced = next(iter(seen.values()))
-        self._units[self.recipe] = [unit.path for unit in first.units]
-        if units and units != self._units[self.recipe]:
-            # a unit runs several times in a call of this kind, so nobody can hold it alone: all is to be cut anew
-            self._forget_traces()
-        self._traces.setdefault(self._layout_key(payload), {}).update(seen)
-        log.info("Leapfrog: watched %d units in %.1f s", len(first.units), time.monotonic() - began)
-        return [seen[rank] for rank in ranks], True
-
-    def _forget_traces(self) -> None:
-        for key in [key for key in self._traces if key[0] == self.recipe]:
-            del self._traces[key]
-
-    def _layout_key(self, payload: Payload) -> tuple[Recipe, tuple[str, ...], str]:
-        return self.recipe, self.devices, _layout_of(payload)
-
-    def _layout(self, pool: Pool, payload: Payload) -> tuple[int, Flow]:
-        """The number of these inputs' layout, and what flows between units in it."""
-        key = self._layout_key(payload)
-        layouts: dict[Hashable, int] = pool.memory.setdefault("layouts", {})
-        return layouts.setdefault(key, len(layouts)), next(iter(self._traces[key].values())).flow
-
 
 def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int], together: bool) -> list[Lane]:
     """How a call's rows spread: half of its chunks to each of two lanes, a single chunk to its conditioning's lane.
@@ -288,25 +244,3 @@ def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int], tog
         return [Lane(ranks, (0, rows))]
     share = rows // len(lanes)
     return [Lane(ranks, (share * at, share * (at + 1))) for at, ranks in enumerate(lanes)]
-
-
-def _layout_of(payload: Payload) -> str:
-    """What decides the flow between units and the shapes in it: shapes, structure, code inside the denoiser.
-
-    How many steps the run has does not.
-    """
-
-    def structure(node: Any) -> Any:
-        kind, body = node
-        if kind == "t":
-            return payload.heads[body].dtype, payload.heads[body].shape
-        if kind == "v":
-            return type(body).__name__
-        if kind in ("l", "u"):
-            return [kind, *map(structure, body)]
-        if kind == "d":
-            known = [(key[1], value) for key, value in body if key[1] != "sample_sigmas"]
-            return [[key, value if key == "id" else structure(value)] for key, value in known]
-        return kind
-
-    return json.dumps(structure(payload.spec), default=str)

@@ -241,10 +241,11 @@ def run(options: argparse.Namespace) -> None:
 
     from leapfrog.nodes import AsyncUNetSplit
     from leapfrog.nodes.rounds_sampler import in_rounds
-    from leapfrog.parallel_backend import LanesPlan, SplitDenoiser
+    from leapfrog.parallel_backend import LanesPlan
     from leapfrog.parallel_backend.report import TRACE_DIR
     from leapfrog.parallel_backend.schedules import asyncdiff, parastep
     from leapfrog.parallel_backend.supervisor import close_all
+    from leapfrog.parallel_backend.watching import Watched
 
     ranks = options.ranks
     print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(devices(ranks))}")
@@ -328,7 +329,7 @@ def run(options: argparse.Namespace) -> None:
             f"a round of ParaStep takes {statistics.median(beyond):.2f} ms longer than its slowest evaluation, and "
             f"{statistics.median(between):.2f} ms pass until ranks evaluate again (medians)"
         )
-    for traced in SplitDenoiser._traces.values():
+    for traced in Watched._traces.values():
         print("unit times, ms: " + " ".join(f"{1e3 * unit.seconds:.0f}" for unit in traced[0].units))
     result = {"steps": options.steps, "size": options.size, "factor": factor, "rows": table}
     (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)
