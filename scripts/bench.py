@@ -1,8 +1,9 @@
 """`make bench`: times of both blocks against ComfyUI alone, side by side in one run, on one thread per process.
 
 The denoiser is a full-size Stable Diffusion 1.5 U-Net with random weights, made at run time. Each figure stands beside
-what the schedule could reach at best and what this machine lets so many processes reach at all; among the rows are one
-device's own ways to be faster and the published ParaStep. ``--ranks``, ``--size`` and ``--steps`` show how it scales.
+what the schedule could reach at best, its bound, and beside what was reachable here: the bound, less what independent
+processes take from each other on this machine. Among the rows are one device's own ways to be faster, ComfyUI's own
+MultiGPU CFG Split where there are GPUs, and the published ParaStep. ``--scaling`` and ``--ranks`` show how it scales.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from full_size import MODELS, checkpoint, load, sample
 from pack import ROOT, add_comfyui, load_pack
 
 CFG = 7.0
+CPU = "cpu"
 ALONE, ALONE_UNGUIDED = "ComfyUI alone", "ComfyUI alone, CFG 1"
 RANKS = 2
 TITLES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1"}
@@ -41,13 +43,14 @@ def devices(ranks: int = RANKS) -> tuple[str, ...]:
     import torch
 
     many = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
-    return tuple(f"cuda:{i}" for i in range(ranks)) if many else ("cpu",) * ranks
+    return tuple(f"cuda:{i}" for i in range(ranks)) if many else (CPU,) * ranks
 
 
-def timed(model: Any, name: str, sampler: Any, steps: int, size: int, cfg: float) -> tuple[Any, float]:
-    """``(latent, seconds)`` of one run; ``size`` is the latent's side."""
+def timed(options: argparse.Namespace, model: Any, sampler: Any, steps: int, cfg: float) -> tuple[Any, float]:
+    """``(latent, seconds)`` of one run."""
     began = time.perf_counter()
-    return sample(model, name, steps, size, cfg=cfg, sampler=sampler), time.perf_counter() - began
+    how = {"cfg": cfg, "sampler": sampler, "pictures": options.pictures}
+    return sample(model, options.model, steps, options.size, **how), time.perf_counter() - began
 
 
 @dataclass
@@ -211,17 +214,19 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=16, help="side of the latent")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--pictures", type=int, default=1, help="in a batch")
     parser.add_argument("--ranks", type=int, default=RANKS)
     parser.add_argument("--model", choices=TITLES, default="sd15")
     parser.add_argument(
         "--only", default="", help="only rows whose names contain this, and what they are compared with"
     )
     parser.add_argument("--batch", action="store_true", help="steps as one batch on one device, instead")
+    parser.add_argument("--scaling", action="store_true", help="one thing changed at a time, instead")
     parser.add_argument("--solo", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
-    if not options.solo and devices(options.ranks)[0] == "cpu":
+    if not options.solo and devices(options.ranks)[0] == CPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     add_comfyui()
     load_pack()
@@ -232,34 +237,21 @@ def main() -> None:
         solo(options.model, options.size)
         return
     torch.set_num_threads(1)
-    (batches if options.batch else run)(options)
+    (batches if options.batch else scaling if options.scaling else run)(options)
 
 
-def run(options: argparse.Namespace) -> None:
+def rows_of(options: argparse.Namespace, whole: Any) -> dict[str, Row]:
+    """The lines of the table."""
     import comfy.samplers
     from comfy_extras.nodes_easycache import EasyCacheNode
 
     from leapfrog.nodes import AsyncUNetSplit
     from leapfrog.nodes.rounds_sampler import in_rounds
     from leapfrog.parallel_backend import LanesPlan
-    from leapfrog.parallel_backend.report import TRACE_DIR
     from leapfrog.parallel_backend.schedules import asyncdiff, parastep
-    from leapfrog.parallel_backend.supervisor import close_all
-    from leapfrog.parallel_backend.watching import Watched
 
-    ranks = options.ranks
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(devices(ranks))}")
-    print(
-        f"{TITLES[options.model]} U-Net, random weights, latent side {options.size}, {options.steps} steps, CFG {CFG}"
-    )
-    factor = machine_factor(options.model, options.size, ranks)
-    print(f"{ranks} independent processes reach {factor:.2f}x of one on this machine")
-    print(f"host round trip, 4x64x64 latent, {ranks} idle ranks: {round_trip_ms(ranks):.3f} ms median", flush=True)
-
-    whole = load(options.model)
-    euler = comfy.samplers.sampler_object("euler")
-    named = ",".join(devices(ranks))
-    steps, warmup = options.steps, options.warmup
+    ranks, steps, warmup = options.ranks, options.steps, options.warmup
+    euler, named = comfy.samplers.sampler_object("euler"), ",".join(devices(ranks))
     splits = {
         mode: AsyncUNetSplit.execute(whole, named, ranks, warmup, 1, mode, cfg_lanes="off").args[0]
         for mode in ("lookahead", "asyncdiff", "exact")
@@ -270,25 +262,77 @@ def run(options: argparse.Namespace) -> None:
 
     def row(bound: float, model: Any = whole, sampler: Any = euler, cfg: float = CFG, share: float = 1.0) -> Row:
         beside = ALONE if cfg == CFG else ALONE_UNGUIDED
-        return Row(
-            lambda n: timed(model, options.model, sampler, max(1, round(share * n)), options.size, cfg), bound, beside
-        )
+        return Row(lambda n: timed(options, model, sampler, max(1, round(share * n)), cfg), bound, beside)
 
     rounds = parastep.ideal_speedup(steps, ranks, warmup)
-    parallel = f"ParaStep, {ranks} lanes, CFG 1"
+    native = {}
+    if devices(ranks)[0] != CPU:  # it counts CUDA devices only
+        from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
 
-    rows = {
+        native["MultiGPU CFG Split"] = row(2.0, MultiGPUCFGSplitNode.execute(whole.clone(), 2).args[0])
+    return {
         ALONE: row(1.0),
         "EasyCache, threshold 0.2": row(1.0, EasyCacheNode.execute(whole, 0.2, 0.15, 0.95, False).args[0]),
         "half of the steps": row(1.0, share=0.5),
+        **native,
         "Async UNet Split, exact": row(1.0, splits["exact"]),
         "Async UNet Split, lookahead": row(asyncdiff.ideal_speedup(steps, warmup + 1, 1 / ranks), splits["lookahead"]),
         "Async UNet Split, asyncdiff": row(asyncdiff.ideal_speedup(steps, warmup, 1 / ranks), splits["asyncdiff"]),
         "ParaStep, CFG lanes": row(2.0, sampler=lanes(1)),
         ALONE_UNGUIDED: row(1.0, cfg=1.0),
-        parallel: row(rounds, sampler=lanes(ranks), cfg=1.0),
+        parallel(options): row(rounds, sampler=lanes(ranks), cfg=1.0),
         "ParaStep as published, CFG 1": row(rounds, sampler=lanes(ranks, "paper"), cfg=1.0),
     }
+
+
+def parallel(options: argparse.Namespace) -> str:
+    """The row with as many lanes as ranks."""
+    return f"ParaStep, {options.ranks} lanes, CFG 1"
+
+
+def scaling(options: argparse.Namespace) -> None:
+    """How speeds change with the latent, the batch and the steps: one thing changed at a time."""
+    from leapfrog.parallel_backend.supervisor import close_all
+
+    guided = ("ParaStep, CFG lanes", "Async UNet Split, lookahead")
+    unguided = parallel(options)
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(devices(options.ranks))}")
+    print(f"{TITLES[options.model]} U-Net, random weights, one run of each; else as in the first line")
+    print(f"| | {ALONE}, CFG {CFG:g} | {' | '.join(guided)} | {ALONE_UNGUIDED} | {unguided} |\n{'|---' * 6}|")
+    whole = load(options.model)
+    first = {"size": options.size, "pictures": options.pictures, "steps": options.steps}
+    cases = [first, {"size": 8}, {"size": 32}, {"pictures": 2}, {"pictures": 4}, {"steps": 20}, {"steps": 50}]
+    for changed in cases:
+        rows = rows_of(argparse.Namespace(**vars(options) | changed), whole)
+        seconds = {}
+        for name in (ALONE, *guided, ALONE_UNGUIDED, unguided):
+            rows[name].run(2)  # the ranks load what this row needs, and measure for the cut
+            seconds[name] = rows[name].run(changed.get("steps", options.steps))[1]
+        speeds = {name: f"{seconds[rows[name].beside] / seconds[name]:.2f}x" for name in (*guided, unguided)}
+        what = ", ".join(f"{key} {value}" for key, value in changed.items())
+        print(
+            f"| {what} | {seconds[ALONE]:.1f} s | {speeds[guided[0]]} | {speeds[guided[1]]} | "
+            f"{seconds[ALONE_UNGUIDED]:.1f} s | {speeds[unguided]} |",
+            flush=True,
+        )
+    close_all()
+
+
+def run(options: argparse.Namespace) -> None:
+    from leapfrog.parallel_backend.report import TRACE_DIR
+    from leapfrog.parallel_backend.supervisor import close_all
+    from leapfrog.parallel_backend.watching import Watched
+
+    ranks, steps = options.ranks, options.steps
+    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(devices(ranks))}")
+    print(
+        f"{TITLES[options.model]} U-Net, random weights, latent side {options.size}, {options.steps} steps, CFG {CFG}"
+    )
+    factor = machine_factor(options.model, options.size, ranks)
+    print(f"{ranks} independent processes reach {factor:.2f}x of one on this machine")
+    print(f"host round trip, 4x64x64 latent, {ranks} idle ranks: {round_trip_ms(ranks):.3f} ms median", flush=True)
+
+    rows = rows_of(options, load(options.model))
     if options.only:
         wanted = {name for name in rows if options.only in name}
         wanted |= {rows[name].beside for name in wanted}
@@ -303,7 +347,7 @@ def run(options: argparse.Namespace) -> None:
                 one.latent, took = one.run(steps)
                 del os.environ[TRACE_DIR]
                 one.seconds.append(took)
-                if name == parallel:
+                if name == parallel(options):
                     found = round_overheads_ms(Path(folder))
                     beyond += found[0]
                     between += found[1]
@@ -312,7 +356,7 @@ def run(options: argparse.Namespace) -> None:
     for name in (ALONE, ALONE_UNGUIDED):
         if name in rows:
             print(f"{name}: {1e3 * statistics.median(rows[name].seconds) / steps:.0f} ms per step on one thread")
-    heads = f"{'seconds':>9}{'speed':>8}{'(each time)':>16}{'bound':>8}{'of bound x factor':>19}{'rel. difference':>17}"
+    heads = f"{'seconds':>9}{'speed':>8}{'(each time)':>16}{'bound':>8}{'of the reachable':>19}{'rel. difference':>17}"
     print(f"{'':30}{heads}")
     table = []
     for name, one in rows.items():

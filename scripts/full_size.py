@@ -192,14 +192,16 @@ def _mask(size: int) -> Any:
 
 
 def sample(
-    model: Any, name: str, steps: int = 2, size: int = 16, *, cfg: float = 5.0, sampler: Any = "euler", seed: int = 3
-) -> Any:
-    """The final latent of ``[1, 4, size, size]``, of FRAMES rows for a video; ``sampler`` is a name or a SAMPLER."""
+    model: Any, name: str, steps: int = 2, size: int = 16, *, cfg: float = 5.0, sampler: Any = "euler", seed: int = 3,
+    pictures: int = 1,
+) -> Any:  # fmt: skip
+    """The final latent of ``[pictures, 4, size, size]``, of FRAMES rows for a video; ``sampler`` is a name or a
+    SAMPLER."""
     import comfy.sample
     import comfy.samplers
     import torch
 
-    rows = FRAMES if name == "svd" else 1
+    rows = FRAMES if name == "svd" else pictures
     inpaint = MODELS[name].config["in_channels"] == 9
     image = _noise((rows, 4, size, size), 11) if inpaint else torch.zeros(rows, 4, size, size)
     if isinstance(sampler, str):
