@@ -60,7 +60,7 @@ class LeapfrogAdviser(io.ComfyNode):
                     tooltip=(
                         "balanced: the fastest that is expected to come within 50 dB (PSNR) of ComfyUI alone, which "
                         "is hard to see. faithful: the same with 65 dB. fastest: whatever the difference. least "
-                        "memory: the fewest weights on each device, then the fastest."
+                        "memory: the fewest weights on each device; among equals what comes within 50 dB."
                     ),
                 ),
             ],

@@ -44,10 +44,17 @@ class LookaheadSampler(AheadSampler):
     def start(
         self, guider: Any, evaluate: Callable[[Question], Outputs], questions: Sequence[Question], first: int
     ) -> list[PipelineWave]:
-        for lane, question in enumerate(questions, first):
-            work = partial(evaluate, question)
-            self._waves.append(PipelineWave(self._denoiser, self._waves, guider, work, lane > 0))
-        return self._waves[-len(questions) :]
+        started: list[PipelineWave] = []
+        try:
+            for lane, question in enumerate(questions, first):
+                work = partial(evaluate, question)
+                started.append(PipelineWave(self._denoiser, self._waves, guider, work, lane > 0))
+                self._waves.append(started[-1])
+        except BaseException:
+            for wave in started:
+                wave.drop()
+            raise
+        return started
 
     def schedule(self, steps: int, short: Any) -> Any:
         return self._denoiser.lookahead()

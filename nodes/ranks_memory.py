@@ -49,22 +49,17 @@ class RanksPatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
         freed = self.loaded_size()
-        self.denoiser.unload(_notice_cancel)
+        self.denoiser.unload()
         return freed
 
     def detach(self, unpatch_all: bool = True) -> Any:
         """For good, which ends the ranks, or to make room for something else of the prompt that is executed."""
         result = super().detach(unpatch_all)
         if unpatch_all and get_executing_context():
-            self.denoiser.release(_notice_cancel)
+            self.denoiser.release()
         elif unpatch_all:
             self.denoiser.close()
         return result
-
-
-def _notice_cancel() -> None:
-    if get_executing_context():  # between two prompts nobody would catch it
-        comfy.model_management.throw_exception_if_processing_interrupted()
 
 
 class LanesMemory(RanksPatcher):
@@ -101,6 +96,11 @@ class LanesMemory(RanksPatcher):
         if known not in manager.current_loaded_models:
             known.model_load()
             manager.current_loaded_models.insert(0, known)
+
+    def step_aside(self) -> None:
+        """Be unknown to the memory manager until the next :meth:`announce`."""
+        loaded = comfy.model_management.current_loaded_models
+        loaded[:] = [one for one in loaded if one.model is not self]
 
 
 @contextmanager

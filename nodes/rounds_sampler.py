@@ -122,13 +122,22 @@ class RoundsSampler(AheadSampler):
         return memory.denoiser
 
     def memory_for(self, patcher: comfy.model_patcher.ModelPatcher, recipe: Recipe) -> LanesMemory:
-        """What ranks hold of this MODEL on these devices: the same for every sampler, as long as the MODEL lives."""
+        """What ranks hold of this MODEL on these devices: the same for every sampler, as long as the MODEL lives, but
+        for one that runs within the run of another."""
         kept = _memories.setdefault(patcher.model, {})
         key = self.plan.devices, recipe
-        if key not in kept:
+        known = kept.get(key)
+        if known is None or known.denoiser.report:  # in the middle of a run
             size = comfy.model_management.module_size(patcher.model.diffusion_model)
-            kept[key] = LanesMemory(patcher, LanesDenoiser(*key, comfy_host(), size))
-        return kept[key]
+            known = LanesMemory(patcher, LanesDenoiser(*key, comfy_host(), size))
+            kept.setdefault(key, known)
+        return known
+
+
+def step_aside(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Before ComfyUI loads its own copy of a MODEL: it is not to have the ranks drop theirs to make room for that."""
+    for memory in _memories.get(model.model, {}).values():
+        memory.step_aside()
 
 
 _memories: WeakKeyDictionary[comfy.model_base.BaseModel, dict[tuple[tuple[str, ...], Recipe], LanesMemory]] = (

@@ -34,6 +34,8 @@ class RemoteDenoiser:
     """What both families of schedule share: the pool, what it has loaded, the report of the run, the way back."""
 
     title = ""
+    whole = False
+    """Whether each rank holds all of it."""
 
     def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost, nbytes: int = 0):
         """``nbytes`` are those of the denoiser's weights; 0: take the file's size."""
@@ -77,21 +79,25 @@ class RemoteDenoiser:
         if self.report:
             self.report.notes.append(text)
 
-    def unload(self, tick: Tick = lambda: None) -> None:
-        """Drop the weights in the ranks; the next call loads them again. Ranks that cannot do so end."""
+    def unload(self) -> None:
+        """Drop the weights in the ranks, where they are this denoiser's; the next call loads them again.
+
+        Ranks that cannot do so end. Raises nothing, and Cancel has to wait: ComfyUI's memory manager, which calls this,
+        would be left in the middle of things.
+        """
         pool = self._pool
         if pool is None:
             return
         with pool.lock:
             if pool.dead:
                 pool.close()
-            if not pool.alive:
+            if not pool.alive or not self._loaded:
                 return
             pool.memory.pop("loaded", None)
             try:
                 # behind an evaluation that was cancelled, whatever that takes
                 limit = step_timeout_s() if pool.catching_up else UNLOAD_TIMEOUT_S
-                pool.request({r: Unload() for r in range(len(self.devices))}, limit, tick)
+                pool.request({r: Unload() for r in range(len(self.devices))}, limit, lambda: None)
             except LeapfrogError as error:  # no reason to fail what the memory is for
                 log.warning("Leapfrog: the ranks did not unload and are ended: %s", error.report.message)
 
@@ -102,17 +108,22 @@ class RemoteDenoiser:
                 self._pool.close()
         self._pool = None
 
-    def release(self, tick: Tick = lambda: None) -> None:
+    def release(self) -> None:
         """Drop the weights in the ranks, which end if nobody comes back for them (``supervisor.UNUSED_S``)."""
-        self.unload(tick)
+        self.unload()
         if self._pool:
             self._pool.users.discard(self)
         self._pool = None
 
     def loaded_bytes(self, rank: int) -> int:
-        """Bytes of weights that a rank holds now."""
-        loaded = self._pool.memory.get("loaded") if self._pool and self._pool.alive else None
-        return loaded[1][rank].nbytes if loaded else 0
+        """Bytes of this denoiser's weights that a rank holds now."""
+        return self._loaded[rank].nbytes if self._loaded else 0
+
+    @property
+    def _loaded(self) -> list[Loaded]:
+        """What the ranks hold of this denoiser; [] where they hold nothing, or another one."""
+        there = self._pool.memory.get("loaded") if self._pool and self._pool.alive else None
+        return there[1] if there and there[0][0] == self.recipe and (not self.whole or there[0][1] is None) else []
 
     def _wait(self, calls: Sequence[Call], ranks: Sequence[int], sizes: Sequence[torch.Size], tick: Tick) -> Call:
         """The first of these calls that has the replies of those of ``ranks`` that it asked."""

@@ -54,6 +54,7 @@ class LanesDenoiser(RemoteDenoiser):
     """
 
     title = "ParaStep Sampler"
+    whole = True
 
     def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost, nbytes: int = 0):
         super().__init__(devices, recipe, host, nbytes)
@@ -67,6 +68,11 @@ class LanesDenoiser(RemoteDenoiser):
         self.conditionings = 1
         self._unsent.clear()
         self._run = time.monotonic_ns()
+
+    def end_run(self) -> None:
+        self._unsent.clear()
+        self._patches = ("", {}, {})
+        super().end_run()
 
     def submit(
         self, inputs: Any, x: Any, group: int, patches: Patches, tick: Tick, alone: bool = False, lanes: int = 1

@@ -75,7 +75,7 @@ class SplitPlan:
         """The plan for what a user wrote on the node; ``components`` 0 means as many as there are devices for.
 
         Of the devices named, or with "auto" of those there are, two lanes of ``components`` are taken where they allow.
-        A single device makes a plan of one, whatever was asked for. ``own`` as in :class:`Machine`.
+        A single device makes a plan of one, whatever was asked for. ``own`` as in :class:`devices.Machine`.
         """
         machine = replace(this_machine(), own=own)
         there = choose_devices(devices, 0, machine)
@@ -154,7 +154,7 @@ class LanesPlan:
     ) -> LanesPlan:  # fmt: skip
         """The plan for what a user wrote on the node; ``bound`` 0 means that of the ``fidelity``.
 
-        ``own`` as in :class:`Machine`.
+        ``own`` as in :class:`devices.Machine`.
 
         With "auto" no more devices are taken than two for each lane can use. A bound of the user's own is not
         calibrated, nor are those that no sensitivity would change.

@@ -34,7 +34,6 @@ log = logging.getLogger("leapfrog")
 POLL_S = 0.02
 END_GRACE_S = 2.0
 GONE_S = 15.0
-SPARE = 1.25
 MAX_ARENAS = 12
 LAST_LINES = 10
 ENDED_MEANWHILE = "The ranks were ended while they computed."
@@ -175,10 +174,9 @@ class Pool:
             large = [arena for arena in free if arena.size >= size]
             if large:
                 return large[0]
-            if free:
-                self._forget([free[0].name])
+            self._forget([arena.name for arena in free])
             if len(self.arenas) < MAX_ARENAS:
-                arena = Arena.create(int(size * SPARE))
+                arena = Arena.create(size)
                 self.arenas[arena.name] = arena
                 return arena
             self._pump(deadline, tick)
@@ -186,10 +184,11 @@ class Pool:
     def rest(self) -> None:
         """Give back the shared memory that no call under way uses; the next call gets new."""
         used = {call.arena for call in list(self._calls.values())}
-        if free := [name for name in self.arenas if name not in used]:
-            self._forget(free)
+        self._forget([name for name in self.arenas if name not in used])
 
     def _forget(self, names: Sequence[str]) -> None:
+        if not names:
+            return
         for name in names:
             self.arenas.pop(name).close()
         self.tell(Release(arenas=list(names)))
@@ -239,11 +238,12 @@ class Pool:
             except OSError:
                 self._receive(rank)  # raises with the reason
             except (OverflowError, ValueError) as error:
-                call.ranks = frozenset(sent)
+                report = ErrorReport("unsupported_patch", f"What goes along with this run cannot be sent: {error}.")
+                if sent:  # they will wait for this one
+                    raise self.broken(report) from None
+                call.ranks = frozenset()
                 self.done(call)
-                raise LeapfrogError.of(
-                    "unsupported_patch", f"What goes along with this run cannot be sent to a rank: {error}."
-                ) from None
+                raise error_of(report) from None
             sent.append(rank)
         return call
 
@@ -251,7 +251,7 @@ class Pool:
         """Nobody will look at this call again."""
         call.wanted = False
         if call.complete and self._calls.get(call.number) is call:
-            del self._calls[call.number]
+            self._calls.pop(call.number, None)  # or another thread has ended the pool
         self._settle()
 
     def wait(self, calls: Sequence[Call], ranks: Sequence[int], timeout_s: float, tick: Tick) -> Call:
@@ -393,7 +393,7 @@ class Pool:
         deadline = time.monotonic() + END_GRACE_S
         for process in self.processes:  # without threads of our own: a Python that ends may start none
             try:
-                process.end(max(0.0, deadline - time.monotonic()))
+                process.end(max(0.2, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 log.warning("Leapfrog: rank %d does not end, not even when killed", process.rank)
         # whoever writes to an arena or reads it has the lock, and will soon be told that the pool has ended

@@ -219,7 +219,8 @@ class SplitDenoiser(RemoteDenoiser):
                 try:
                     wanted = choose_cut(traces, self._lanes, self.plan, wanted)
                 except LeapfrogError:
-                    self._watched.forget()  # it says how much memory was free then
+                    if not self.plan.cut.strip():
+                        self._watched.forget()  # it says how much memory was free then
                     raise
         if held == (self.recipe, wanted, self._lanes, patches[0]):
             loaded = pool.memory["loaded"][1]

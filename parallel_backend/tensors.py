@@ -155,7 +155,7 @@ class Arena:
 
     @classmethod
     def create(cls, size: int) -> Arena:
-        """A new segment. Raises LeapfrogError no_shared_memory where less than that is left."""
+        """A new segment. Raises LeapfrogError no_shared_memory where less than that is left to have."""
         made = cls(shared_memory.SharedMemory(create=True, size=max(size, ALIGN)), owner=True)
         try:
             _claim(made._memory)

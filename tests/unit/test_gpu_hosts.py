@@ -12,11 +12,12 @@ import torch
 
 from leapfrog.nodes import AsyncUNetSplit
 from leapfrog.nodes.ranks_memory import LanesMemory
-from leapfrog.nodes.recipe import COMPUTE_ARGS, compute_args
+from leapfrog.nodes.recipe import COMPUTE_ARGS, compute_args, recipe_of
+from leapfrog.nodes.rounds_sampler import step_aside
 from leapfrog.parallel_backend import plan
 from leapfrog.parallel_backend.devices import Machine
 from leapfrog.parallel_backend.worker.models.trace import Stash
-from ranks import load
+from ranks import load, parastep
 
 OPTIONS = {action.dest: action.option_strings for action in comfy.cli_args.parser._actions}
 GPU = torch.device("cuda", 0)
@@ -82,7 +83,7 @@ def test_comfyui_is_asked_for_the_room_that_ranks_need(model: Any, devices: str,
 
 def test_less_memory_than_the_whole_denoiser_needs_is_no_reason_to_unload(model: Any, monkeypatch: pytest.MonkeyPatch):
     made = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0]
-    monkeypatch.setattr(made.denoiser, "unload", lambda *_: pytest.fail("unloaded"))
+    monkeypatch.setattr(made.denoiser, "unload", lambda: pytest.fail("unloaded"))
     made.partially_load(GPU, extra_memory=-1e9)
 
 
@@ -104,7 +105,7 @@ def test_lanes_get_room_before_they_load_and_the_memory_manager_knows_of_them(
     monkeypatch.setattr(manager, "free_memory", lambda size, *_, **__: asked.append(size))
     unloaded: list[bool] = []
     lanes: Any = SimpleNamespace(
-        devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: held * rank, unload=lambda _tick: unloaded.append(True),
+        devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: held * rank, unload=lambda: unloaded.append(True),
     )  # fmt: skip
     memory = LanesMemory(model, lanes)
     for _ in range(2):
@@ -118,6 +119,30 @@ def test_lanes_get_room_before_they_load_and_the_memory_manager_knows_of_them(
     if held:
         assert not known.model_unload(held - 1), "asked for part of it, all ranks give theirs back and stay"
         assert unloaded
+
+
+def test_ranks_weights_do_not_make_room_for_the_hosts_own_copy_of_them(model: Any, monkeypatch: pytest.MonkeyPatch):
+    manager = comfy.model_management
+    monkeypatch.setattr(manager, "current_loaded_models", [])
+    monkeypatch.setattr(manager, "free_memory", lambda *_, **__: None)
+    sampler = parastep(1)
+    memory = sampler.memory_for(model, recipe_of(model))
+    other = LanesMemory(model, memory.denoiser)
+    for one in (memory, other):
+        one.announce(model)
+    step_aside(model)
+    (left,) = manager.current_loaded_models
+    assert left.model is other
+
+
+def test_a_sampler_within_a_run_has_a_denoiser_of_its_own(model: Any):
+    outer, inner = (parastep(1) for _ in range(2))
+    denoiser = outer.memory_for(model, recipe_of(model)).denoiser
+    assert inner.memory_for(model, recipe_of(model)).denoiser is denoiser
+    denoiser.begin_run()
+    assert inner.memory_for(model, recipe_of(model)).denoiser is not denoiser
+    denoiser.end_run()
+    assert inner.memory_for(model, recipe_of(model)).denoiser is denoiser
 
 
 def test_a_unit_comes_back_from_a_gpu_as_it_was():

@@ -217,7 +217,6 @@ def test_what_cannot_travel_is_named_with_its_place():
         place([torch.zeros(1, dtype=torch.complex128)])
 
 
-@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs shared memory that is a file")
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere shared memory is no file system that can be full")
 def test_a_full_dev_shm_is_an_error_and_no_bus_error(monkeypatch: pytest.MonkeyPatch):
     segments = []
@@ -234,6 +233,7 @@ def test_a_full_dev_shm_is_an_error_and_no_bus_error(monkeypatch: pytest.MonkeyP
     assert [segment.exists() for segment in segments] == [False, False]
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs shared memory that is a file")
 def test_a_segment_that_is_gone_is_closed_like_any_other():
     """Python removes it when a rank has no memory to map it, and the error of that rank is the one to be told."""
     arena = Arena.create(64)

@@ -25,7 +25,7 @@ def forward_inputs(
     x, timesteps, *others = args
     timesteps = _multiplied(to_device(timesteps, device, None), time)
     args = (to_device(x, device, dtype), timesteps, *to_device(others, device, dtype))
-    kwargs = to_device(kwargs, device, dtype)
+    kwargs = to_device({key: value for key, value in kwargs.items() if key != "transformer_options"}, device, dtype)
     kwargs["transformer_options"] = to_device(options, device, None) | rebuild(inside)
     return args, kwargs
 
