@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import comfy.samplers
 import pytest
 
 from leapfrog.nodes.coroutine import Coroutine, pause
+from leapfrog.nodes.lookahead_sampler import LookaheadSampler
 
 
 class Cancel(BaseException):
@@ -57,3 +62,21 @@ def test_what_is_dropped_ends_in_silence():
 
     Coroutine(work, "test").drop()
     assert ended == [True]
+
+
+def test_waves_that_have_started_do_not_outlive_one_that_cannot():
+    ended = []
+
+    def evaluate(question: str) -> Any:
+        if question == "cancelled":
+            raise Cancel
+        try:
+            pause("its rows")
+        finally:
+            ended.append(question)
+
+    sampler = LookaheadSampler(SimpleNamespace(), comfy.samplers.sampler_object("euler"))  # type: ignore[arg-type]
+    with pytest.raises(Cancel):
+        sampler.start(SimpleNamespace(), evaluate, ["first", "second", "cancelled"], 0)  # type: ignore[list-item]
+    assert ended == ["first", "second"]
+    assert not sampler._waves
