@@ -5,7 +5,6 @@ from __future__ import annotations
 from inspect import cleandoc
 from typing import Any
 
-import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import torch
@@ -14,7 +13,7 @@ from comfy_api.v0_0_2 import io
 from ..parallel_backend import LanesPlan, LeapfrogError, Recipe, SplitPlan, Survey, Surveyed
 from .node_text import DEVICES, teller
 from .ranks_memory import LanesMemory
-from .recipe import comfy_host, own_device
+from .recipe import comfy_host, own_device, weight_bytes
 from .rounds_sampler import RoundsSampler
 from .standin import StandInPatcher
 
@@ -85,7 +84,7 @@ class SurveySampler(RoundsSampler):
     """Leaves at the first call of the denoiser, with Surveyed."""
 
     def memory_for(self, patcher: Any, recipe: Recipe) -> LanesMemory:
-        size = comfy.model_management.module_size(patcher.model.diffusion_model)
+        size = weight_bytes(patcher.model.diffusion_model)
         return LanesMemory(patcher, Survey(self.plan.devices, recipe, comfy_host(), size))
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from inspect import cleandoc
 
-import comfy.model_management
 from comfy_api.v0_0_2 import io
 
 from ..parallel_backend import LeapfrogError, SplitDenoiser, SplitPlan
 from .node_text import DEVICES
-from .recipe import comfy_host, own_device, patches_of, recipe_of
+from .recipe import comfy_host, own_device, patches_of, recipe_of, weight_bytes
 from .standin import StandInPatcher
 
 log = logging.getLogger("leapfrog")
@@ -154,7 +153,7 @@ class AsyncUNetSplit(io.ComfyNode):
             log.info("Leapfrog: one device (%s), so Async UNet Split passes the MODEL through.", plan.devices[0])
             return io.NodeOutput(model)
         plan.check(model.model.diffusion_model)
-        size = comfy.model_management.module_size(model.model.diffusion_model)
+        size = weight_bytes(model.model.diffusion_model)
         denoiser = SplitDenoiser(plan, recipe_of(model), comfy_host(), size)
         denoiser.check_patches(patches_of(model))
         return io.NodeOutput(StandInPatcher.of(model, denoiser))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from ..parallel_backend import LanesDenoiser, SplitDenoiser
+from .recipe import weight_bytes
 
 
 class RanksPatcher(comfy.model_patcher.ModelPatcher):
@@ -49,14 +50,17 @@ class RanksPatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
         freed = self.loaded_size()
-        self.denoiser.unload()
+        self.denoiser.unload(self.ranks_here)
         return freed
 
     def detach(self, unpatch_all: bool = True) -> Any:
-        """For good, which ends the ranks, or to make room for something else of the prompt that is executed."""
+        """For good, which ends the ranks, or to make room for something else of the prompt that is executed.
+
+        With --disable-smart-memory ComfyUI unloads everything after each prompt, and means no more by it.
+        """
         result = super().detach(unpatch_all)
-        if unpatch_all and get_executing_context():
-            self.denoiser.release()
+        if unpatch_all and (get_executing_context() or comfy.model_management.DISABLE_SMART_MEMORY):
+            self.denoiser.release(self.ranks_here)
         elif unpatch_all:
             self.denoiser.close()
         return result
@@ -68,7 +72,7 @@ class LanesMemory(RanksPatcher):
     def __init__(self, model: comfy.model_patcher.ModelPatcher, denoiser: LanesDenoiser):
         super().__init__(torch.nn.Module(), model.load_device, torch.device("cpu"))
         self._denoiser = denoiser
-        self._share = model.model_size()
+        self._share = weight_bytes(model.model.diffusion_model)
 
     @property
     def denoiser(self) -> LanesDenoiser:
@@ -78,17 +82,21 @@ class LanesMemory(RanksPatcher):
     def largest_share(self) -> int:
         return self._share
 
-    def announce(self, model: comfy.model_patcher.ModelPatcher) -> None:
+    def announce(self, model: comfy.model_patcher.ModelPatcher, used: Sequence[Any] = ()) -> None:
         """Free the host's GPU of what the ranks need it for, and have the memory manager know of them.
 
         That is its own copy of the weights, which it has just put there, and, before ranks have loaded, what else lies
-        there; not the MODEL itself, which is in use.
+        there; not the MODEL itself, which is in use, nor what else is ``used`` in the run (ControlNets).
         """
         manager = comfy.model_management
         if self.load_device.type == "cuda":
             model.partially_unload(torch.device("cpu"), model.loaded_size())
             if self.ranks_here and not self.loaded_size():
-                in_use = [one for one in manager.current_loaded_models if one.model and one.model.is_clone(model)]
+                in_use = [
+                    one
+                    for one in manager.current_loaded_models
+                    if one.model and (one.model.is_clone(model) or any(one.model.is_clone(other) for other in used))
+                ]
                 room = 1.1 * self.model_size() + manager.minimum_inference_memory()
                 manager.free_memory(room, self.load_device, keep_loaded=in_use)
             manager.soft_empty_cache()

@@ -18,15 +18,16 @@ import comfy.sd
 import comfy.utils
 import comfy.weight_adapter
 import folder_paths
+import torch
 
 from ..parallel_backend import ComfyHost, LeapfrogError, Recipe
 
-# Arguments of ComfyUI that change how a denoiser computes; a rank must parse them as the host did.
+# Arguments of ComfyUI that change how a denoiser computes or is read; a rank must parse them as the host did.
 COMPUTE_ARGS = (
     "force_fp32 force_fp16 fp32_unet fp64_unet bf16_unet fp16_unet fp8_e4m3fn_unet fp8_e5m2_unet fp8_e8m0fnu_unet "
     "force_channels_last supports_fp8_compute use_split_cross_attention use_quad_cross_attention "
     "use_pytorch_cross_attention use_sage_attention use_flash_attention disable_xformers force_upcast_attention "
-    "dont_upcast_attention deterministic enable_triton_backend disable_triton_backend cpu"
+    "dont_upcast_attention deterministic enable_triton_backend disable_triton_backend cpu disable_mmap mmap_torch_files"
 ).split()
 
 
@@ -42,6 +43,16 @@ def compute_args(given: argparse.Namespace) -> tuple[str, ...]:
     fast = sorted(feature.value for feature in getattr(given, "fast", None) or ())
     chosen = [options[name] for name in COMPUTE_ARGS if getattr(given, name, False)]
     return *chosen, *(["--fast", *fast] if fast else [])
+
+
+def weight_bytes(denoiser: torch.nn.Module) -> int:
+    """Bytes of a denoiser's weights in a rank: where ComfyUI keeps those of the file and casts them when it needs them,
+    not as they lie in the file."""
+    return sum(
+        weight.nelement() * getattr(module, f"{name}_comfy_model_dtype", weight.dtype).itemsize
+        for module in denoiser.modules()
+        for name, weight in module.named_parameters(recurse=False)
+    )
 
 
 def own_device() -> str:

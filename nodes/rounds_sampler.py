@@ -21,7 +21,7 @@ from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError, Recipe
 from .ahead import AheadSampler, Wave, check_sampler, sampler_name
 from .one_call import as_one, can_be_one, lanes_of
 from .ranks_memory import LanesMemory, takes_no_memory
-from .recipe import comfy_host, patches_of, recipe_of
+from .recipe import comfy_host, patches_of, recipe_of, weight_bytes
 from .scout import Outputs, Question
 from .standin import StandInPatcher, remote_twin
 
@@ -54,7 +54,7 @@ class RoundsSampler(AheadSampler):
 
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model
-        denoiser = self._denoiser_for(guider.model_patcher)
+        denoiser = self._denoiser_for(guider)
         args = extra_args or {}
         base = guider.inner_model
         twin = remote_twin(base, copy.copy(base.diffusion_model), denoiser)
@@ -104,7 +104,8 @@ class RoundsSampler(AheadSampler):
         self._denoiser.note(text)
         self._notes.append(text)
 
-    def _denoiser_for(self, patcher: comfy.model_patcher.ModelPatcher) -> LanesDenoiser:
+    def _denoiser_for(self, guider: Any) -> LanesDenoiser:
+        patcher = guider.model_patcher
         if isinstance(patcher, StandInPatcher):
             raise LeapfrogError.of(
                 "unsupported_patch",
@@ -118,7 +119,8 @@ class RoundsSampler(AheadSampler):
         recipe = recipe_of(patcher)
         self._memory = memory = self.memory_for(patcher, recipe)
         memory.denoiser.check_patches(patches_of(patcher))
-        memory.announce(patcher)
+        also = [getattr(guider, name, None) or () for name in ("loaded_models", "uncond_loaded")]
+        memory.announce(patcher, [*also[0], *also[1], getattr(guider, "uncond_model_patcher", None)])
         return memory.denoiser
 
     def memory_for(self, patcher: comfy.model_patcher.ModelPatcher, recipe: Recipe) -> LanesMemory:
@@ -128,7 +130,7 @@ class RoundsSampler(AheadSampler):
         key = self.plan.devices, recipe
         known = kept.get(key)
         if known is None or known.denoiser.report:  # in the middle of a run
-            size = comfy.model_management.module_size(patcher.model.diffusion_model)
+            size = weight_bytes(patcher.model.diffusion_model)
             known = LanesMemory(patcher, LanesDenoiser(*key, comfy_host(), size))
             kept.setdefault(key, known)
         return known

@@ -23,7 +23,7 @@ from ..parallel_backend import SplitDenoiser
 from .host_weights import refuse_host_weights
 from .lookahead_sampler import look_ahead
 from .ranks_memory import RanksPatcher, takes_no_memory
-from .recipe import reshaped_by
+from .recipe import reshaped_by, weight_bytes
 from .remote_forward import RUN, Remote, Run, evaluate, run_wrapped
 
 log = logging.getLogger("leapfrog")
@@ -43,6 +43,10 @@ NOTHING_LOADED: dict[str, Any] = {
 MEMORY_HANDLES = ("_v", "_v_weight", "_v_bias", "_v_signature", "_pins", "_pin_state", "_prefetch")
 
 
+# Of a model that ComfyUI has loaded in part: functions that hold its LoRA.
+PATCHES_IN_PLACE = ("weight_function", "bias_function")
+
+
 def _of_memory_manager(name: str) -> bool:
     """Whether it is ComfyUI's memory manager that hangs an attribute of this name on a module."""
     return name in MEMORY_HANDLES or name.endswith("_lowvram_function")
@@ -58,6 +62,7 @@ def weightless(base: comfy.model_base.BaseModel, denoiser: SplitDenoiser) -> com
     memo: dict[int, Any] = {id(p): empty(p) for p in dm.parameters()}
     for module in dm.modules():
         handles = [value for name, value in vars(module).items() if _of_memory_manager(name)]
+        memo |= {id(value): [] for name, value in vars(module).items() if name in PATCHES_IN_PLACE}
         # copies would free the memory of the originals; a plain value may be anybody's
         memo |= {id(value): None for value in handles if not isinstance(value, int | float | str | None)}
     shell = copy.deepcopy(dm, memo)
@@ -122,8 +127,10 @@ class StandInPatcher(RanksPatcher):
         for key, kept in model.backup.items():  # patches may have widened what the shell was made after
             if kept.weight.shape != comfy.utils.get_attr(twin, key).shape and key.startswith("diffusion_model."):
                 comfy.utils.set_attr_param(twin, key, torch.empty_like(kept.weight, device="meta"))
+        for key, kept in model.object_patches_backup.items():  # of another MODEL, left on what both share
+            comfy.utils.set_attr(twin, key, kept)
         twin.__dict__["leapfrog"] = denoiser
-        seed.__dict__ = {**model.__dict__, "model": twin}
+        seed.__dict__ = {**model.__dict__, "model": twin, "pinned": set()}
         made: Any = seed.clone(model_override=(twin, ({}, {}, {}, set())))
         made.parent = None
         made.cached_patcher_init = None
@@ -145,7 +152,7 @@ class StandInPatcher(RanksPatcher):
     def largest_share(self) -> int:
         plan = self.denoiser.plan
         lane = plan.lanes(guided=True, whole_fits=True)[0]
-        return comfy.model_management.module_size(self.model.diffusion_model) // (plan.degree or len(lane))
+        return weight_bytes(self.model.diffusion_model) // (plan.degree or len(lane))
 
     def load(self, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
              full_load: bool = False) -> None:  # fmt: skip
@@ -158,6 +165,8 @@ class StandInPatcher(RanksPatcher):
                 weight = comfy.utils.get_attr(self.model, key)
                 self.backup[key] = Original(weight)
                 comfy.utils.set_attr_param(self.model, key, torch.empty(shape, dtype=weight.dtype, device="meta"))
+        if self.ranks_here and not self.loaded_size():
+            comfy.model_management.soft_empty_cache()  # other processes cannot use what this one keeps
         self.model.device = device_to
         self.model.current_weight_patches_uuid = self.patches_uuid
         for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):

@@ -17,7 +17,7 @@ from .protocol import Cut, Evaluate, Load, Loaded, Payload, Recipe, Release, Unl
 from .report import RunReport
 from .settings import step_timeout_s
 from .starting import ComfyHost
-from .supervisor import acquire
+from .supervisor import acquire, living
 from .tensors import flatten, laid_out
 
 log = logging.getLogger("leapfrog")
@@ -79,8 +79,8 @@ class RemoteDenoiser:
         if self.report:
             self.report.notes.append(text)
 
-    def unload(self) -> None:
-        """Drop the weights in the ranks, where they are this denoiser's; the next call loads them again.
+    def unload(self, ranks: Sequence[int] = ()) -> None:
+        """Drop the weights in these ranks, or all, where they are this denoiser's; the next call loads them again.
 
         Ranks that cannot do so end. Raises nothing, and Cancel has to wait: ComfyUI's memory manager, which calls this,
         would be left in the middle of things.
@@ -97,7 +97,7 @@ class RemoteDenoiser:
             try:
                 # behind an evaluation that was cancelled, whatever that takes
                 limit = step_timeout_s() if pool.catching_up else UNLOAD_TIMEOUT_S
-                pool.request({r: Unload() for r in range(len(self.devices))}, limit, lambda: None)
+                pool.request({r: Unload() for r in ranks or range(len(self.devices))}, limit, lambda: None)
             except LeapfrogError as error:  # no reason to fail what the memory is for
                 log.warning("Leapfrog: the ranks did not unload and are ended: %s", error.report.message)
 
@@ -108,9 +108,9 @@ class RemoteDenoiser:
                 self._pool.close()
         self._pool = None
 
-    def release(self) -> None:
-        """Drop the weights in the ranks, which end if nobody comes back for them (``supervisor.UNUSED_S``)."""
-        self.unload()
+    def release(self, ranks: Sequence[int] = ()) -> None:
+        """As :meth:`unload`; the ranks end if nobody comes back for them (``supervisor.UNUSED_S``)."""
+        self.unload(ranks)
         if self._pool:
             self._pool.users.discard(self)
         self._pool = None
@@ -121,8 +121,9 @@ class RemoteDenoiser:
 
     @property
     def _loaded(self) -> list[Loaded]:
-        """What the ranks hold of this denoiser; [] where they hold nothing, or another one."""
-        there = self._pool.memory.get("loaded") if self._pool and self._pool.alive else None
+        """What the ranks hold of this denoiser, whoever had them load it; [] where they hold nothing, or another."""
+        pool = self._pool or living(self.devices)
+        there = pool.memory.get("loaded") if pool and pool.alive else None
         return there[1] if there and there[0][0] == self.recipe and (not self.whole or there[0][1] is None) else []
 
     def _wait(self, calls: Sequence[Call], ranks: Sequence[int], sizes: Sequence[torch.Size], tick: Tick) -> Call:

@@ -203,13 +203,14 @@ class SplitDenoiser(RemoteDenoiser):
         """Measure, cut and load what is not there yet; whether the pool was asked anything meanwhile."""
         held = pool.memory["loaded"][0] if "loaded" in pool.memory else None
         # outlives the weights: a stale mode draws the same picture again only with the same cut
-        purpose = (self.recipe, self._lanes, self.plan.balance)
+        purpose = (self.recipe, self._lanes, self.plan.balance, self.plan.cut)
         chosen_for, wanted = pool.memory.get("cut", (purpose, None))
         if chosen_for != purpose:
             wanted = None
         asked = False
         if self.components > 1:
-            starts = wanted is None or not self.report or not self.report.calls
+            at_start = not self.report or not self.report.calls
+            starts = wanted is None or (at_start and self._watched.tells_times(payload))
             one = None if starts else self._lanes[0][0]
             traces, asked = self._watched.look(pool, payload, patches[2], one, tick)
             if wanted and wanted.units != self._watched.units:
@@ -236,12 +237,14 @@ class SplitDenoiser(RemoteDenoiser):
 
 
 def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int], together: bool) -> list[Lane]:
-    """How a call's rows spread: half of its chunks to each of two lanes, a single chunk to its conditioning's lane.
+    """How a call's rows spread: half of its chunks to each of two lanes, the odd one to the first, where a lane is one
+    component; a single chunk to its conditioning's lane.
 
     They stay ``together`` where something inside the denoiser mixes them.
     """
-    if len(lanes) == 1 or together or len(chunks) % len(lanes):
+    alike = len(chunks) % len(lanes) == 0 or len(lanes[0]) == 1  # what flows between components is for one number
+    if len(lanes) == 1 or together or len(chunks) < len(lanes) or not alike:
         ranks = lanes[chunks[0] % len(lanes)] if len(chunks) == 1 else lanes[0]
         return [Lane(ranks, (0, rows))]
-    share = rows // len(lanes)
-    return [Lane(ranks, (share * at, share * (at + 1))) for at, ranks in enumerate(lanes)]
+    ends = [rows // len(chunks) * -(-len(chunks) * at // len(lanes)) for at in range(len(lanes) + 1)]
+    return [Lane(ranks, (begin, end)) for ranks, begin, end in zip(lanes, ends[:-1], ends[1:], strict=True)]

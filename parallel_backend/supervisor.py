@@ -53,6 +53,11 @@ def acquire(devices: Sequence[str], host: ComfyHost, tick: Tick, user: object) -
         return pool
 
 
+def living(devices: Sequence[str]) -> Pool | None:
+    """The pool that is on exactly these devices now."""
+    return _pools.get(tuple(devices))
+
+
 def close_all() -> None:
     """Close every pool of this process."""
     with _table:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from .pool import Pool, Tick
 from .protocol import Payload, Recipe, Trace, Traced
 from .settings import step_timeout_s
+from .tensors import Shape
 from .units import Flow
 
 log = logging.getLogger("leapfrog")
@@ -24,6 +25,7 @@ class Watched:
 
     _traces: ClassVar[dict[tuple[Recipe, tuple[str, ...], str], dict[int, Traced]]] = {}
     _units: ClassVar[dict[Recipe, list[str]]] = {}
+    _timed: ClassVar[set[tuple[Recipe, tuple[str, ...], Shape]]] = set()
 
     def __init__(self, recipe: Recipe, devices: tuple[str, ...]):
         self._recipe = recipe
@@ -33,6 +35,15 @@ class Watched:
     def units(self) -> list[str]:
         """The paths of the units that were last seen, in the order in which they run."""
         return self._units.get(self._recipe, [])
+
+    def tells_times(self, payload: Payload) -> bool:
+        """Whether these inputs are worth being timed, or were timed by every rank.
+
+        Not with a latent of a size that was timed before, with a prompt of another length, say: that changes what
+        flows, and next to nothing of the times.
+        """
+        before = (self._recipe, self._devices, payload.heads[0].shape) in self._timed
+        return not before or len(self._traces.get(self._key(payload), ())) == len(self._devices)
 
     def look(
         self, pool: Pool, payload: Payload, shapes: Mapping[str, tuple[int, ...]], one: int | None, tick: Tick
@@ -56,6 +67,8 @@ class Watched:
             # a unit runs several times in a call of this kind, so nobody can hold it alone: all is to be cut anew
             self.forget()
         self._traces.setdefault(self._key(payload), {}).update(seen)
+        if one is None:
+            self._timed.add((self._recipe, self._devices, payload.heads[0].shape))
         log.info("Leapfrog: watched %d units in %.1f s", len(first.units), time.monotonic() - began)
         return [seen[rank] for rank in ranks], True
 
@@ -69,6 +82,7 @@ class Watched:
         """All layouts."""
         for key in [key for key in self._traces if key[0] == self._recipe]:
             del self._traces[key]
+        self._timed -= {key for key in self._timed if key[0] == self._recipe}
 
     def _key(self, payload: Payload) -> tuple[Recipe, tuple[str, ...], str]:
         return self._recipe, self._devices, _layout_of(payload)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from comfy_extras.nodes_easycache import EasyCacheNode
 
 from generation import Request, distance, generate, prompt
 from leapfrog.parallel_backend import cutting, supervisor
+from leapfrog.parallel_backend.pool import Pool
+from leapfrog.parallel_backend.protocol import Evaluate, Load, Trace
 from leapfrog.parallel_backend.schedules.partition import partition
 from ranks import EXACT, load, reference, split, the_pool, with_lora
 
@@ -229,3 +233,56 @@ def test_a_cache_node_on_the_model_works_as_ever():
     after = split(EasyCacheNode.execute(load("flux"), 0.9, 0.1, 0.9, False).args[0], mode="exact")
     for model in (before, after):
         assert distance(generate(model, request), theirs) < EXACT
+
+
+@contextmanager
+def sent() -> Iterator[list[Any]]:
+    """What the pool's ranks are sent meanwhile."""
+    messages: list[Any] = []
+    pool = the_pool()
+
+    def submit(to: Any, *args: Any, **kwargs: Any) -> Any:
+        messages.extend(to.values())
+        return Pool.submit(pool, to, *args, **kwargs)
+
+    pool.submit = submit  # type: ignore[method-assign]
+    yield messages
+    del pool.submit
+
+
+def test_a_prompt_of_another_length_is_not_measured_again():
+    model = split(load("flux"), mode="exact", cfg_lanes="off")
+    request = Request(cfg=1.0, size=6)
+    generate(model, request)
+    longer = [[torch.cat([tokens, tokens[:, :5]], 1), rest] for tokens, rest in prompt(1)]
+    with sent() as messages:
+        ours = generate(model, request, positive=longer)
+        generate(model, Request(cfg=1.0, size=10))
+    assert distance(ours, generate(load("flux"), request, positive=longer)) < EXACT
+    rounds = [message.rounds for message in messages if isinstance(message, Trace)]
+    assert rounds == [0, 3, 3], "one rank says what flows; a size that is new is timed by both"
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_two_lanes_share_any_number_of_conditionings(count: int):
+    positive = [one for seed in range(1, count) for one in prompt(seed)]
+    model = split(load("flux"), mode="exact", components=1)
+    generate(model, Request(steps=2))
+    with sent() as messages:
+        ours = generate(model, Request(), positive=positive)
+    assert distance(ours, generate(load("flux"), Request(), positive=positive)) < EXACT
+    shares = [message.inputs.heads[0].shape[0] for message in messages if isinstance(message, Evaluate)]
+    assert {*shares[:2], sum(shares[:2])} == {count // 2, count - count // 2, count}
+
+
+@pytest.mark.parametrize("mode", ["exact", "asyncdiff"])
+def test_weights_that_one_rank_gave_back(mode: str):
+    model = split(load("flux"), mode=mode, cut="2")
+    before = generate(model, Request())
+    held = [rank.nbytes for rank in the_pool().memory["loaded"][1]]
+    model.denoiser.unload([0])
+    with sent() as messages:
+        after = generate(model, Request())
+    assert torch.equal(before, after)
+    assert sum(isinstance(message, Load) for message in messages) == 2
+    assert [rank.nbytes for rank in the_pool().memory["loaded"][1]] == held

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from types import SimpleNamespace
 from typing import Any
 
 import comfy.cli_args
 import comfy.model_management
+import comfy.model_patcher
 import pytest
 import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
 from leapfrog.nodes import AsyncUNetSplit
 from leapfrog.nodes.ranks_memory import LanesMemory
-from leapfrog.nodes.recipe import COMPUTE_ARGS, compute_args, recipe_of
+from leapfrog.nodes.recipe import COMPUTE_ARGS, compute_args, recipe_of, weight_bytes
 from leapfrog.nodes.rounds_sampler import step_aside
 from leapfrog.parallel_backend import plan
 from leapfrog.parallel_backend.devices import Machine
@@ -83,7 +86,7 @@ def test_comfyui_is_asked_for_the_room_that_ranks_need(model: Any, devices: str,
 
 def test_less_memory_than_the_whole_denoiser_needs_is_no_reason_to_unload(model: Any, monkeypatch: pytest.MonkeyPatch):
     made = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0]
-    monkeypatch.setattr(made.denoiser, "unload", lambda: pytest.fail("unloaded"))
+    monkeypatch.setattr(made.denoiser, "unload", lambda _ranks: pytest.fail("unloaded"))
     made.partially_load(GPU, extra_memory=-1e9)
 
 
@@ -103,9 +106,9 @@ def test_lanes_get_room_before_they_load_and_the_memory_manager_knows_of_them(
     manager, asked = comfy.model_management, list[float]()
     monkeypatch.setattr(manager, "current_loaded_models", [])
     monkeypatch.setattr(manager, "free_memory", lambda size, *_, **__: asked.append(size))
-    unloaded: list[bool] = []
+    unloaded: list[list[int]] = []
     lanes: Any = SimpleNamespace(
-        devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: held * rank, unload=lambda: unloaded.append(True),
+        devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: held * rank, unload=unloaded.append,
     )  # fmt: skip
     memory = LanesMemory(model, lanes)
     for _ in range(2):
@@ -114,11 +117,13 @@ def test_lanes_get_room_before_they_load_and_the_memory_manager_knows_of_them(
     assert all(size > model.model_size() for size in asked)
     (known,) = manager.current_loaded_models
     assert (known.model, known.device) == (memory, GPU)
-    assert memory.model_size() == (held or model.model_size())
+    assert memory.model_size() == (held or weight_bytes(model.model.diffusion_model))
     assert memory.loaded_size() == held
     if held:
-        assert not known.model_unload(held - 1), "asked for part of it, all ranks give theirs back and stay"
-        assert unloaded
+        assert not known.model_unload(held - 1), (
+            "asked for part of it, the ranks there give all of theirs back and stay"
+        )
+        assert unloaded == [[1]], "what is on another GPU makes no room on this one"
 
 
 def test_ranks_weights_do_not_make_room_for_the_hosts_own_copy_of_them(model: Any, monkeypatch: pytest.MonkeyPatch):
@@ -133,6 +138,62 @@ def test_ranks_weights_do_not_make_room_for_the_hosts_own_copy_of_them(model: An
     step_aside(model)
     (left,) = manager.current_loaded_models
     assert left.model is other
+
+
+def test_what_the_run_uses_stays_where_it_is(model: Any, monkeypatch: pytest.MonkeyPatch):
+    manager, kept = comfy.model_management, list[Any]()
+    monkeypatch.setattr(manager, "current_loaded_models", [])
+    monkeypatch.setattr(manager, "free_memory", lambda *_, keep_loaded, **__: kept.extend(keep_loaded))
+    control, other = (comfy.model_patcher.ModelPatcher(torch.nn.Linear(1, 1), GPU, GPU) for _ in range(2))
+    loaded = [SimpleNamespace(model=one, real_model=lambda: True) for one in (model, control, other)]
+    manager.current_loaded_models.extend(loaded)
+    lanes: Any = SimpleNamespace(devices=("cuda:0", "cuda:1"), loaded_bytes=lambda rank: 0)
+    LanesMemory(model, lanes).announce(model, [control, None])
+    assert kept == loaded[:2]
+
+
+def test_disabling_smart_memory_does_not_end_the_ranks(model: Any, monkeypatch: pytest.MonkeyPatch):
+    made, done = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0], list[str]()
+    for name in ("release", "close"):
+        monkeypatch.setattr(made.denoiser, name, lambda *_, name=name: done.append(name))
+    made.detach()
+    monkeypatch.setattr(comfy.model_management, "DISABLE_SMART_MEMORY", True)
+    made.detach()
+    assert done == ["close", "release"]
+
+
+def test_weights_count_as_ranks_have_them(model: Any):
+    layer = torch.nn.Linear(4, 2)
+    assert weight_bytes(layer) == 40
+    layer.weight_comfy_model_dtype = torch.float8_e4m3fn  # as a host with dynamic VRAM keeps a file's weights
+    assert weight_bytes(layer) == 8 + 8
+
+
+def test_a_split_has_the_loaders_own_settings_whatever_another_branch_has_set(model: Any):
+    plain = model.get_model_object("model_sampling").shift
+    other = ModelSamplingFlux().patch(model, 3.0, 0.5, 1024, 1024)[0]
+    other.patch_model(load_weights=False)
+    try:
+        assert model.model.model_sampling.shift != plain
+        made = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0]
+        assert made.get_model_object("model_sampling").shift == plain
+    finally:
+        other.unpatch_model(unpatch_weights=False)
+
+
+def test_a_split_leaves_the_loaders_pinned_weights_and_lora_where_they_are(model: Any):
+    model.pinned.add("diffusion_model.img_in.weight")
+    layer = next(part for part in model.model.diffusion_model.modules() if isinstance(part, torch.nn.Linear))
+    layer.weight_function = [Handle()]
+    try:
+        made = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0]
+        assert not next(part for part in made.model.modules() if isinstance(part, torch.nn.Linear)).weight_function
+        del made
+        gc.collect()
+        assert model.pinned == {"diffusion_model.img_in.weight"}
+    finally:
+        layer.weight_function = []
+        model.pinned.clear()
 
 
 def test_a_sampler_within_a_run_has_a_denoiser_of_its_own(model: Any):
