@@ -18,8 +18,8 @@ from .rounds_sampler import RoundsSampler
 from .standin import StandInPatcher
 
 SMALL_PRINT = (
-    "Predicted from times measured on these devices, the denoiser's alone. Fidelity is PSNR to ComfyUI alone as "
-    "measured with Leapfrog's own small Flux (docs/results.md); your model may differ."
+    "Predicted from times measured on these devices, the denoiser's alone. Fidelity is PSNR to ComfyUI alone, the "
+    "lowest of three small models that it was measured on (docs/quality); your model may differ."
 )
 
 

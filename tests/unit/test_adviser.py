@@ -14,6 +14,7 @@ from leapfrog.parallel_backend import LanesPlan, LeapfrogError, SplitPlan, advis
 from leapfrog.parallel_backend.adviser import WISHES, Advice, Facts, Unit, advise, lanes_seconds, split_seconds
 from leapfrog.parallel_backend.schedules.simulate import Link
 from pack import ROOT
+from quality_summary import read
 
 GB = 1_000_000_000
 CPUS = ("cpu",) * 8
@@ -153,23 +154,24 @@ def test_rejected_steps_are_paid_for_as_measured():
         if isinstance(one.plan, LanesPlan) and one.plan.lanes == 8 and one.fidelity == "balanced"
         and len(one.plan.devices) == 8
     )  # fmt: skip
-    assert eight.speed == pytest.approx(1.88, rel=0.01)
+    assert eight.speed == pytest.approx(1.82, rel=0.01)
 
 
-def test_what_is_expected_stands_in_the_results():
-    text = (ROOT / "docs/results.md").read_text()
+def test_what_is_expected_is_what_was_measured_at_worst():
     titles = {"lookahead": "lookahead", "extrapolated": "AsyncDiff, states extrapolated",
               "asyncdiff": "AsyncDiff as published", "faithful": "ParaStep, faithful",
               "balanced": "ParaStep, balanced", "fast": "ParaStep, fast"}  # fmt: skip
-    euler = text[: text.index("DPM++ 2M in place of Euler")]
+    rows = [row for name in ("flux", "unet", "wan") for row in read(ROOT / f"docs/quality/{name}-euler.csv")]
     for (kind, degree), by_steps in fidelity.TABLE.items():
         for steps, known in by_steps.items():
-            line = f"| {titles[kind]} | {degree} | {steps} | {known.pace:.2f}x | {known.decibels:.1f} "
-            assert line in euler, line
+            found = [row for row in rows if (row.mode, row.degree, row.of) == (titles[kind], degree, steps)]
+            assert len(found) == 3
+            assert known.decibels == pytest.approx(min(row.psnr for row in found), abs=0.051)
+            assert known.pace == pytest.approx(min(row.speed for row in found), abs=0.0051)
 
 
 def test_where_nothing_was_rejected_a_run_takes_no_longer():
-    for kind, degree, steps in (("lookahead", 2, 20), ("lookahead", 3, 50), ("asyncdiff", 3, 30), ("balanced", 2, 50)):
+    for kind, degree, steps in (("lookahead", 2, 20), ("lookahead", 2, 50), ("asyncdiff", 4, 30), ("balanced", 2, 50)):
         found = fidelity.expected(kind, degree, steps)
         assert found
         assert found.longer == pytest.approx(1.0, abs=0.005)
@@ -178,10 +180,10 @@ def test_where_nothing_was_rejected_a_run_takes_no_longer():
 @pytest.mark.parametrize(
     ("kind", "degree", "steps", "decibels"),
     [
-        ("lookahead", 2, 20, 66.8),
-        ("lookahead", 2, 49, 76.7),  # that of 30 steps
-        ("balanced", 3, 25, 64.9),  # that of 4 lanes and 20 steps
-        ("lookahead", 4, 50, None),
+        ("lookahead", 2, 20, 62.2),
+        ("lookahead", 2, 49, 70.3),  # that of 30 steps
+        ("balanced", 3, 25, 57.1),  # that of 4 lanes and 20 steps
+        ("lookahead", 9, 50, None),
         ("balanced", 2, 19, None),
         ("newest", 2, 20, None),
     ],
