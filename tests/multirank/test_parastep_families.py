@@ -39,6 +39,20 @@ U_NETS = {
         latent=(4, 8, 8), context=64, lists=("input_blocks", "output_blocks"),
         narrowed=("transformer_depth_output",), detected=config(model_channels=320, context_dim=768),
     ),
+    "sd21": Family(
+        "sd21", "SD20", config(UNET, in_channels=4, use_linear_in_transformer=True),
+        latent=(4, 8, 8), context=64, lists=("input_blocks", "output_blocks"),
+        narrowed=("transformer_depth_output",), detected=config(model_channels=320, context_dim=1024),
+    ),
+    "sdxl": Family(
+        "sdxl", "SDXL",
+        config(
+            UNET, in_channels=4, use_linear_in_transformer=True, num_classes="sequential", adm_in_channels=2816
+        ),
+        latent=(4, 8, 8), context=64, pooled=1280, lists=("input_blocks", "output_blocks"),
+        narrowed=("transformer_depth_output",),
+        detected=config(model_channels=320, context_dim=2048, transformer_depth=[0, 0, 2, 2, 10, 10]),
+    ),
     "svd": Family(
         "svd", "SVD_img2vid",
         config(
@@ -54,7 +68,7 @@ U_NETS = {
 }  # fmt: skip
 # How close four lanes come in 8 steps on random weights: such models change direction more sharply than trained ones.
 CLOSE = {
-    "sd15": 0.02, "svd": 0.02, "cogvideox": 0.1, "stable_audio": 0.3, "sd3": 0.3, "flux": 0.2, "wan21": 0.1,
+    "sd15": 0.02, "sd21": 0.05, "sdxl": 0.05, "svd": 0.02, "cogvideox": 0.1, "stable_audio": 0.3, "sd3": 0.3, "flux": 0.2, "wan21": 0.1,
     "ltxv": 0.05, "ltxav": 0.05, "hunyuan_video": 0.15, "meanflow": 0.15,
 }  # fmt: skip
 MEANFLOW = replace(
