@@ -46,10 +46,15 @@ def compute_args(given: argparse.Namespace) -> tuple[str, ...]:
 
 
 def weight_bytes(denoiser: torch.nn.Module) -> int:
-    """Bytes of a denoiser's weights in a rank: where ComfyUI keeps those of the file and casts them when it needs them,
-    not as they lie in the file."""
+    """Bytes of a denoiser's weights in a rank, which has them in the model's dtype also where ComfyUI itself keeps
+    those of the file and casts them when it needs them."""
+
+    def nbytes(module: torch.nn.Module, name: str, weight: torch.Tensor) -> int:
+        dtype = getattr(module, f"{name}_comfy_model_dtype", None)
+        return weight.nelement() * dtype.itemsize if dtype else weight.nbytes
+
     return sum(
-        weight.nelement() * getattr(module, f"{name}_comfy_model_dtype", weight.dtype).itemsize
+        nbytes(module, name, weight)
         for module in denoiser.modules()
         for name, weight in module.named_parameters(recurse=False)
     )

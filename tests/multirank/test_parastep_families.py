@@ -68,8 +68,8 @@ U_NETS = {
 }  # fmt: skip
 # How close four lanes come in 8 steps on random weights: such models change direction more sharply than trained ones.
 CLOSE = {
-    "sd15": 0.02, "sd21": 0.05, "sdxl": 0.05, "svd": 0.02, "cogvideox": 0.1, "stable_audio": 0.3, "sd3": 0.3, "flux": 0.2, "wan21": 0.1,
-    "ltxv": 0.05, "ltxav": 0.05, "hunyuan_video": 0.15, "meanflow": 0.15,
+    "sd15": 0.02, "sd21": 0.05, "sdxl": 0.05, "svd": 0.02, "cogvideox": 0.1, "stable_audio": 0.3, "sd3": 0.3,
+    "flux": 0.2, "wan21": 0.1, "ltxv": 0.05, "ltxav": 0.05, "hunyuan_video": 0.15, "meanflow": 0.15,
 }  # fmt: skip
 MEANFLOW = replace(
     FAMILIES["hunyuan_video15"], name="meanflow", config=config(FAMILIES["hunyuan_video15"].config, meanflow=True)
