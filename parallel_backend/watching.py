@@ -82,7 +82,7 @@ class Watched:
         """All layouts."""
         for key in [key for key in self._traces if key[0] == self._recipe]:
             del self._traces[key]
-        self._timed -= {key for key in self._timed if key[0] == self._recipe}
+        self._timed.difference_update([key for key in self._timed if key[0] == self._recipe])
 
     def _key(self, payload: Payload) -> tuple[Recipe, tuple[str, ...], str]:
         return self._recipe, self._devices, _layout_of(payload)
