@@ -165,7 +165,7 @@ def test_disabling_smart_memory_does_not_end_the_ranks(model: Any, monkeypatch: 
 def test_weights_count_as_ranks_have_them(model: Any):
     layer = torch.nn.Linear(4, 2)
     assert weight_bytes(layer) == 40
-    layer.weight_comfy_model_dtype = torch.float8_e4m3fn  # as a host with dynamic VRAM keeps a file's weights
+    vars(layer)["weight_comfy_model_dtype"] = torch.float8_e4m3fn  # as a host with dynamic VRAM keeps a file's weights
     assert weight_bytes(layer) == 8 + 8
 
 
@@ -184,7 +184,7 @@ def test_a_split_has_the_loaders_own_settings_whatever_another_branch_has_set(mo
 def test_a_split_leaves_the_loaders_pinned_weights_and_lora_where_they_are(model: Any):
     model.pinned.add("diffusion_model.img_in.weight")
     layer = next(part for part in model.model.diffusion_model.modules() if isinstance(part, torch.nn.Linear))
-    layer.weight_function = [Handle()]
+    vars(layer)["weight_function"] = [Handle()]
     try:
         made = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0]
         assert not next(part for part in made.model.modules() if isinstance(part, torch.nn.Linear)).weight_function
@@ -192,7 +192,7 @@ def test_a_split_leaves_the_loaders_pinned_weights_and_lora_where_they_are(model
         gc.collect()
         assert model.pinned == {"diffusion_model.img_in.weight"}
     finally:
-        layer.weight_function = []
+        del vars(layer)["weight_function"]
         model.pinned.clear()
 
 
