@@ -89,8 +89,13 @@ class ComfyPage:
 
     def search(self, query: str) -> str:
         """Double-click the canvas, type, and return the search results."""
-        self.tab.mouse.dblclick(900, 600)
         box = self.tab.get_by_role("dialog")
+        for wait in range(100):
+            if box.count():
+                break
+            if wait % 20 == 0:  # a double click soon after the last one is lost now and then
+                self.tab.mouse.dblclick(900, 600)
+            self.tab.wait_for_timeout(250)
         box.wait_for()
         self.tab.keyboard.type(query)
         box.get_by_role("option").first.wait_for()
