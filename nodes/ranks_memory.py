@@ -12,7 +12,6 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from ..parallel_backend import LanesDenoiser, SplitDenoiser
-from .recipe import weight_bytes
 
 
 class RanksPatcher(comfy.model_patcher.ModelPatcher):
@@ -72,7 +71,6 @@ class LanesMemory(RanksPatcher):
     def __init__(self, model: comfy.model_patcher.ModelPatcher, denoiser: LanesDenoiser):
         super().__init__(torch.nn.Module(), model.load_device, torch.device("cpu"))
         self._denoiser = denoiser
-        self._share = weight_bytes(model.model.diffusion_model)
 
     @property
     def denoiser(self) -> LanesDenoiser:
@@ -80,7 +78,7 @@ class LanesMemory(RanksPatcher):
 
     @property
     def largest_share(self) -> int:
-        return self._share
+        return self._denoiser.nbytes
 
     def announce(self, model: comfy.model_patcher.ModelPatcher, used: Sequence[Any] = ()) -> None:
         """Free the host's GPU of what the ranks need it for, and have the memory manager know of them.

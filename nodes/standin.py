@@ -23,7 +23,7 @@ from ..parallel_backend import SplitDenoiser
 from .host_weights import refuse_host_weights
 from .lookahead_sampler import look_ahead
 from .ranks_memory import RanksPatcher, takes_no_memory
-from .recipe import reshaped_by, weight_bytes
+from .recipe import reshaped_by
 from .remote_forward import RUN, Remote, Run, evaluate, run_wrapped
 
 log = logging.getLogger("leapfrog")
@@ -152,7 +152,7 @@ class StandInPatcher(RanksPatcher):
     def largest_share(self) -> int:
         plan = self.denoiser.plan
         lane = plan.lanes(guided=True, whole_fits=True)[0]
-        return weight_bytes(self.model.diffusion_model) // (plan.degree or len(lane))
+        return self.denoiser.nbytes // (plan.degree or len(lane))
 
     def load(self, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
              full_load: bool = False) -> None:  # fmt: skip

@@ -85,7 +85,7 @@ class RemoteDenoiser:
         Ranks that cannot do so end. Raises nothing, and Cancel has to wait: ComfyUI's memory manager, which calls this,
         would be left in the middle of things.
         """
-        pool = self._pool
+        pool = self._holder
         if pool is None:
             return
         with pool.lock:
@@ -120,9 +120,14 @@ class RemoteDenoiser:
         return self._loaded[rank].nbytes if self._loaded else 0
 
     @property
+    def _holder(self) -> Pool | None:
+        """The pool that may hold this denoiser, whoever had it loaded there."""
+        return self._pool or living(self.devices)
+
+    @property
     def _loaded(self) -> list[Loaded]:
-        """What the ranks hold of this denoiser, whoever had them load it; [] where they hold nothing, or another."""
-        pool = self._pool or living(self.devices)
+        """What the ranks hold of this denoiser; [] where they hold nothing, or another."""
+        pool = self._holder
         there = pool.memory.get("loaded") if pool and pool.alive else None
         return there[1] if there and there[0][0] == self.recipe and (not self.whole or there[0][1] is None) else []
 

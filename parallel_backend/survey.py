@@ -15,10 +15,9 @@ from .denoiser import Patches, first_tensor, room_for_output
 from .errors import LeapfrogError
 from .lanes_denoiser import LanesDenoiser
 from .pool import Pool, Tick
-from .protocol import Done, Echo, Evaluate, Probe, Probed, Recipe, Trace, Traced
+from .protocol import Done, Echo, Evaluate, Probe, Probed, Trace, Traced
 from .schedules.simulate import Link
 from .settings import step_timeout_s
-from .starting import ComfyHost
 from .tensors import DTYPES
 from .units import Output
 
@@ -43,10 +42,7 @@ class Survey(LanesDenoiser):
 
     title = "Leapfrog Adviser"
     WISHES: ClassVar = WISHES
-
-    def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost, nbytes: int = 0):
-        super().__init__(devices, recipe, host, nbytes)
-        self.facts: Facts | None = None
+    facts: Facts | None = None
 
     def advise(self, steps: int, conditionings: int, wish: str) -> list[Advice]:
         """What to take on these devices, best first; see :func:`adviser.advise`.

@@ -286,3 +286,12 @@ def test_weights_that_one_rank_gave_back(mode: str):
     assert torch.equal(before, after)
     assert sum(isinstance(message, Load) for message in messages) == 2
     assert [rank.nbytes for rank in the_pool().memory["loaded"][1]] == held
+
+
+def test_a_new_stand_in_knows_of_weights_that_are_there_and_can_give_them_back():
+    generate(split(load("flux"), cut="2"), Request())
+    other = split(load("flux"), cut="2")
+    assert other.denoiser.loaded_bytes(0) == the_pool().memory["loaded"][1][0].nbytes > 0
+    other.denoiser.unload()
+    assert "loaded" not in the_pool().memory
+    assert other.denoiser.loaded_bytes(0) == 0

@@ -109,6 +109,7 @@ def test_lanes_get_room_before_they_load_and_the_memory_manager_knows_of_them(
     unloaded: list[list[int]] = []
     lanes: Any = SimpleNamespace(
         devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: held * rank, unload=unloaded.append,
+        nbytes=weight_bytes(model.model.diffusion_model),
     )  # fmt: skip
     memory = LanesMemory(model, lanes)
     for _ in range(2):
@@ -147,7 +148,7 @@ def test_what_the_run_uses_stays_where_it_is(model: Any, monkeypatch: pytest.Mon
     control, other = (comfy.model_patcher.ModelPatcher(torch.nn.Linear(1, 1), GPU, GPU) for _ in range(2))
     loaded = [SimpleNamespace(model=one, real_model=lambda: True) for one in (model, control, other)]
     manager.current_loaded_models.extend(loaded)
-    lanes: Any = SimpleNamespace(devices=("cuda:0", "cuda:1"), loaded_bytes=lambda rank: 0)
+    lanes: Any = SimpleNamespace(devices=("cuda:0", "cuda:1"), loaded_bytes=lambda rank: 0, nbytes=1)
     LanesMemory(model, lanes).announce(model, [control, None])
     assert kept == loaded[:2]
 
