@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_management
 import pytest
 import torch
+from comfy.patcher_extension import WrappersMP
 
+import families
 import tiny_models
 from generation import TOKENS
+from leapfrog.nodes.recipe import recipe_of
 from leapfrog.parallel_backend.protocol import Recipe, Traced
 from leapfrog.parallel_backend.worker.models.trace import Watch, marks_of, trace
 from leapfrog.parallel_backend.worker.unknown import Unknown, is_unknown
@@ -130,3 +134,27 @@ def test_what_is_made_where_the_unknown_lies_is_real():
     ids = torch.arange(unknown.shape[1], device=unknown.device)
     assert not is_unknown(ids)
     assert ids.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["flux", "chroma_radiance", "wan_vace_two"])
+def test_all_parts_lie_where_the_inputs_are(name: str, monkeypatch: pytest.MonkeyPatch):
+    """On the meta device, which like a GPU refuses weights that lie elsewhere. Of the latter two, parts that looked
+    like units run several times."""
+    room = 1 << 40
+    monkeypatch.setattr(
+        comfy.model_management, "get_free_memory", lambda _=None, torch_too=False: (room, room) if torch_too else room
+    )
+    family, inputs = families.FAMILIES[name], []
+    model = families.load(family).clone()
+
+    def look(executor: Any, x: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs.append((x, timestep, args, kwargs))
+        return executor(x, timestep, *args, **kwargs)
+
+    model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "look", look)
+    families.sample(model, family, steps=1)
+    x, timestep, args, kwargs = inputs[0]
+    given = [one for one in args if not (isinstance(one, dict) and "sigmas" in one)]
+    tree = ((x, timestep, *given), {**kwargs, "transformer_options": {}})
+    seen = trace(recipe_of(model), tree, torch.device("meta"), [], 1, {})
+    assert len(seen.units) > 3

@@ -53,6 +53,8 @@ def trace(
     able = [name for name, calls in zip(names, first.calls, strict=True) if calls == 1 or (units and calls == 0)]
     if able != names:
         names = able
+        if not held:
+            _keep_small_parts_on(denoiser, names, device)  # which those that are no units any more are among now
         first = Watch(denoiser, names, device, marking=True, moving=not held)
         result = run(first)
     order = list(range(len(names))) if units else first.order
@@ -107,8 +109,7 @@ def _make_light(
             parameter.data = parameter.data.new_empty(wider)
         if parameter.numel() <= SMALL:
             parameter.data.zero_()  # recycled memory may hold numbers that are slow to compute with; large one is fresh
-    if device.type != "cpu":
-        _keep_small_parts_on(denoiser, names, device)
+    _keep_small_parts_on(denoiser, names, device)
 
 
 def _nothing_absent(_denoiser: torch.nn.Module) -> list[str]:
@@ -116,6 +117,8 @@ def _nothing_absent(_denoiser: torch.nn.Module) -> list[str]:
 
 
 def _keep_small_parts_on(denoiser: torch.nn.Module, names: Sequence[str], device: torch.device) -> None:
+    if device.type == "cpu":
+        return
     inside = {part for name in names for part in denoiser.get_submodule(name).modules()}
     for module in denoiser.modules():
         parts = set(module.modules())
