@@ -46,6 +46,8 @@ class RemoteDenoiser:
         self.report: RunReport | None = None
         self._pool: Pool | None = None
         self._slowest: dict[tuple[int, ...], float] = {}
+        self._first: dict[tuple[int, ...], float] = {}
+        self._ended_at = 0.0
 
     @staticmethod
     def check_patches(patches: Patches) -> None:
@@ -145,12 +147,17 @@ class RemoteDenoiser:
         limit = step_timeout_s()
         if pool.catching_up:
             return limit
-        known = max(self._slowest.get(size, limit) for size in sizes)
+        known = max(self._slowest.get(size) or self._first.get(size, limit) for size in sizes)
         return min(limit, max(WARM_TIMEOUT_S, WARM_TIMEOUT_FACTOR * known))
 
     def _took(self, call: Call, size: torch.Size, sent_at: float) -> None:
-        seconds = time.perf_counter() - sent_at
-        self._slowest[size] = max(self._slowest.get(size, 0.0), seconds)
+        now = time.perf_counter()
+        seconds, alone = now - sent_at, now - max(sent_at, self._ended_at)
+        self._ended_at = now
+        if size in self._first:
+            self._slowest[size] = max(self._slowest.get(size, 0.0), alone)
+        else:  # it has costs that come once: NCCL connects, kernels are chosen
+            self._first[size] = alone
         assert self.report and self._pool
         self.report.ended(call.number, seconds)
         self._look_at_outputs(call)
@@ -171,6 +178,7 @@ class RemoteDenoiser:
         if pool is not self._pool:
             self._pool = pool
             self._slowest.clear()
+            self._first.clear()
         return pool
 
     def _whole_fits(self, pool: Pool) -> bool:
