@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import secrets
@@ -175,6 +176,16 @@ def backend_of(devices: Sequence[str]) -> tuple[str, str]:
 
 def _nccl_shares_gpus() -> bool:
     """Whether NCCL was asked to serve several ranks on a GPU, and is new enough for it."""
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and nccl_version() >= (2, 30)
+
+
+def nccl_version() -> tuple[int, ...]:
+    """That of the NCCL which is loaded, such as ``(2, 30, 7)``; torch would name the one that it was built with."""
     import torch.cuda.nccl
 
-    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and torch.cuda.nccl.version() >= (2, 30)
+    found = ctypes.c_int()
+    try:
+        ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(found))
+    except (OSError, AttributeError):  # inside torch, or another system's
+        return torch.cuda.nccl.version()[:3]
+    return found.value // 10000, found.value // 100 % 100, found.value % 100

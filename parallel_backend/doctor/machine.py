@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.cuda import nccl
 
 from ..devices import this_machine
 from ..machines import stated
+from ..starting import nccl_version
 from .sheet import Sheet
 
 PACK = Path(os.path.abspath(__file__)).parents[2]
@@ -95,7 +95,7 @@ def _distributed() -> str:
     if not dist.is_nccl_available():
         return "gloo, no NCCL"
     try:
-        version = ".".join(map(str, nccl.version()))
+        version = ".".join(map(str, nccl_version()))
     except (AttributeError, RuntimeError):
         version = "of unknown version"
     return f"gloo, NCCL {version}"
