@@ -7,6 +7,10 @@ A profile is JSON: {"model", "source", "units": [{"name", "needs", "layers": [{"
 "weight_bytes"}]}], "stem_seconds", "stem_bytes", "head_seconds", "head_bytes"}. ``needs`` are the indices of the
 earlier units whose outputs a unit reads; a unit is one layer or several in a row, of which the first reads those. The
 stem is what every rank runs, the head follows the last unit. Whatever measures units on another device can write one.
+
+It may say "rows" and "side" of the latent. One measured on a GPU names it as "device", with "whole_seconds" of a
+forward in one go and, where there are two rows, "row_seconds" of a forward with one: it gets a table of its own, in
+which nothing is scaled.
 """
 
 from __future__ import annotations
@@ -14,22 +18,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from bench import KEEP_MEMORY
-from full_size import MODELS, TOKENS, empty
-from pack import BUILD, add_comfyui, load_pack
+from pack import BUILD, add_comfyui, has_gpu, load_pack
+from profile_units import CPU, CUDA, SUBJECTS, in_forwards, layer_by_layer
 
 FOLDER = BUILD / "simulate"
 STEPS = 50
-ROWS = 2
-"""Conditional and unconditional."""
+REPEAT = {CPU: 3, CUDA: 20}
+GPU_LINKS = [12.0, 50.0, 300.0]
+"""GB/s each way in the table of GPUs, about: PCIe by way of the host's memory, which the other tables have; 16 lanes of
+PCIe 5.0; NVLink between two H100."""
 
 # AsyncDiff (arXiv 2406.06911), 50 steps, NVIDIA A5000: seconds of the unmodified run, and (components, stride): speed.
 PUBLISHED: dict[str, tuple[str, float, dict[tuple[int, int], float]]] = {
@@ -38,6 +42,7 @@ PUBLISHED: dict[str, tuple[str, float, dict[tuple[int, int], float]]] = {
     "sdxl": ("SDXL", 13.81, {(2, 1): 1.7, (3, 1): 2.4, (4, 1): 2.7, (2, 2): 2.8, (3, 2): 3.8}),
 }
 PUBLISHED_WARMUP = {"sd21": 1, "sd15": 1, "sdxl": 3}
+TITLES = {name: title for name, (title, _, _) in PUBLISHED.items()} | {"flux": "Flux"}
 
 # The published splits, by hand: the first layer (unit, part) of every component but the first. SDXL's are no runs of
 # consecutive layers; there, (unit, part) ranges that make up all components but the last, which has the rest.
@@ -66,126 +71,6 @@ PUBLISHED_SETS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------- profiling
-
-
-class Stopwatch:
-    """Times the layers of a U-Net whose weights have no memory: each gets random weights for its turn only.
-
-    The blocks of ComfyUI's U-Net are not called through forward, their layers are, so layers are hooked. What the
-    forward does between two layers (joining skip tensors) counts for the second.
-    """
-
-    def __init__(self, denoiser: Any, repeat: int, clock: Callable[[], float]):
-        from comfy.ldm.modules.diffusionmodules.openaimodel import TimestepEmbedSequential
-
-        self.repeat, self.clock = repeat, clock
-        self.seconds: dict[str, float] = {}
-        self.outputs: dict[str, int] = {}
-        self._left = clock()
-        self._gap = 0.0
-        for path, module in denoiser.named_modules():
-            if isinstance(module, TimestepEmbedSequential):
-                for index, layer in enumerate(module):
-                    self._hook(f"{path}.{index}", layer)
-        for path in ("time_embed", "label_emb", "out"):
-            if hasattr(denoiser, path):
-                self._hook(path, getattr(denoiser, path))
-
-    def _hook(self, name: str, layer: Any) -> None:
-        layer.register_forward_pre_hook(lambda *_: self._enter(layer))
-        layer.register_forward_hook(lambda _layer, inputs, output: self._leave(name, layer, inputs, output))
-
-    def _enter(self, layer: Any) -> None:
-        self._gap = self.clock() - self._left
-        layer.to_empty(device="cpu")
-        for weight in layer.parameters():
-            if weight.ndim > 1:
-                weight.uniform_(-1, 1).mul_(weight[0].numel() ** -0.5)
-            else:
-                weight.fill_(0.5)
-        self._began = self.clock()
-
-    def _leave(self, name: str, layer: Any, inputs: Any, output: Any) -> None:
-        times = [self.clock() - self._began]
-        for _ in range(self.repeat - 1):
-            began = self.clock()
-            layer.forward(*inputs)
-            times.append(self.clock() - began)
-        self.seconds[name] = min(times) + self._gap
-        self.outputs[name] = output.nelement()
-        layer.to_empty(device="meta")
-        self._left = self.clock()
-
-
-def profile(name: str, side: int, repeat: int, threads: int) -> dict[str, Any]:
-    """Unit times of a full-size U-Net on this CPU for ROWS rows at a latent of ``side``, in the form of a profile.
-
-    Times are of float32; bytes are those of float16, which a GPU would use.
-    """
-    import torch
-
-    torch.set_num_threads(threads)
-    denoiser = empty(name).diffusion_model
-    denoiser.dtype = torch.float32
-    denoiser.to(torch.float32)
-    config = MODELS[name].config
-    arguments: dict[str, Any] = {"context": torch.randn(ROWS, TOKENS, config["context_dim"])}
-    if config["adm_in_channels"]:
-        arguments["y"] = torch.randn(ROWS, config["adm_in_channels"])
-    # on a machine that others use too, the time of a thread says more than that of the clock on the wall
-    watch = Stopwatch(denoiser, repeat, time.thread_time if threads == 1 else time.perf_counter)
-    with torch.inference_mode():
-        denoiser(torch.randn(ROWS, config["in_channels"], side, side), torch.full((ROWS,), 500.0), **arguments)
-
-    def weights(path: str) -> int:
-        return 2 * sum(weight.numel() for weight in denoiser.get_submodule(path).parameters())
-
-    def layers(path: str) -> list[dict[str, Any]]:
-        return [
-            {
-                "seconds": watch.seconds[f"{path}.{index}"],
-                "output_bytes": 2 * watch.outputs[f"{path}.{index}"],
-                "weight_bytes": weights(f"{path}.{index}"),
-            }
-            for index in range(len(denoiser.get_submodule(path)))
-        ]
-
-    count = len(denoiser.input_blocks)
-    paths = [f"input_blocks.{i}" for i in range(count)] + ["middle_block"]
-    needs = [[index - 1] if index else [] for index in range(count + 1)]
-    for index in range(len(denoiser.output_blocks)):
-        paths.append(f"output_blocks.{index}")
-        needs.append([count + index, count - 1 - index])  # the newest skip tensor is consumed first
-    units = [{"name": path, "needs": needed, "layers": layers(path)} for path, needed in zip(paths, needs, strict=True)]
-    stem = [path for path in ("time_embed", "label_emb") if hasattr(denoiser, path)]
-    threads_used = "one thread (its CPU time)" if threads == 1 else f"{threads} threads"
-    return {
-        "model": name,
-        "source": (
-            f"{_cpu()}, {threads_used}, float32, torch {torch.__version__}, best of {repeat}, "
-            f"{ROWS} rows of {side}x{side}, random weights"
-        ),
-        "units": units,
-        "stem_seconds": sum(watch.seconds[path] for path in stem),
-        "stem_bytes": sum(weights(path) for path in stem),
-        "head_seconds": watch.seconds["out"],
-        "head_bytes": weights("out"),
-    }
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
-
-
 class Simulation:
     """One profile, its times scaled so that the whole denoiser takes ``step_seconds`` (None: as measured).
 
@@ -198,6 +83,7 @@ class Simulation:
         whole = sum(layer["seconds"] for unit in units for layer in unit["layers"]) + sum(shared)
         scale = 1.0 if step_seconds is None else step_seconds / whole
         self.model, self.source, self.whole = measured["model"], measured["source"], whole * scale
+        self.title = TITLES[self.model] + (f", {measured['device']}" if "device" in measured else "")
         self.stem, self.head = (seconds * scale for seconds in shared)
         self.shared = measured["stem_bytes"] + measured["head_bytes"]
         self.names: list[tuple[str, int]] = []
@@ -223,17 +109,17 @@ class Simulation:
         fixed = {"stem": self.stem, "head": self.head}
         return partition(self.costs, components, **fixed, nbytes=self.weights, limits=limits)
 
-    def speed(self, mode: str, components: int, options: argparse.Namespace, **changes: Any) -> tuple[float, float]:
+    def speed(self, mode: str, components: int, link: Any, host: float, **changes: Any) -> tuple[float, float]:
         """``(speed against one device, bytes between devices per evaluation)`` at the fastest cut."""
         from leapfrog.parallel_backend.schedules.partition import component_seconds
-        from leapfrog.parallel_backend.schedules.simulate import Link, crossing, run_seconds
+        from leapfrog.parallel_backend.schedules.simulate import crossing, run_seconds
 
         bounds = self.bounds(components)
         traffic = crossing(self.outputs, self.needs, bounds)
         seconds: Any = run_seconds
         took = seconds(
-            mode, STEPS, component_seconds(self.costs, bounds, head=self.head), traffic,
-            Link(options.bandwidth * 1e9, options.latency * 1e-6), stem=self.stem, host=options.host * 1e-3, **changes,
+            mode, STEPS, component_seconds(self.costs, bounds, head=self.head), traffic, link,
+            stem=self.stem, host=host, **changes,
         )  # fmt: skip
         return STEPS * self.whole / took, sum(traffic.values())
 
@@ -266,6 +152,9 @@ class Simulation:
 
 def tables(simulations: list[tuple[Simulation, Simulation]], options: argparse.Namespace) -> Iterable[str]:
     """``simulations`` are pairs: cut between units, cut between layers."""
+    from leapfrog.parallel_backend.schedules.simulate import Link
+
+    link, host = Link(options.bandwidth * 1e9, options.latency * 1e-6), options.host * 1e-3
     yield f"### SIMULATED speeds, {STEPS} steps, against one device"
     yield ""
     yield (
@@ -276,27 +165,26 @@ def tables(simulations: list[tuple[Simulation, Simulation]], options: argparse.N
     )
     yield ""
     for one, _ in simulations:
-        yield f"* {PUBLISHED[one.model][0]}: {one.source}; a step of {1e3 * one.whole:.0f} ms"
+        yield f"* {one.title}: {one.source}; a step of {1e3 * one.whole:.0f} ms"
     yield ""
     yield "Published speeds stand beside the warm-up that they probably had: 1, and 3 for SDXL."
     yield ""
     yield "| model | devices | mode | warm-up | cut between blocks | between layers | published | MB a step |"
     yield "|---|---|---|---|---|---|---|---|"
     for one, fine in simulations:
-        title, _, published = PUBLISHED[one.model]
+        published = PUBLISHED[one.model][2]
         for devices in options.devices:
             for mode, components, stride, lanes, warmup in rows(one.model, devices):
                 changes: dict[str, Any] = {"warmup": warmup, "stride": stride}
                 if lanes:
                     changes |= {"row_scale": options.rows, "row_bytes": 0.5}
-                speed, nbytes = one.speed(mode, components, options, **changes)
-                finer, _ = fine.speed(mode, components, options, **changes)
+                speed, nbytes = one.speed(mode, components, link, host, **changes)
+                finer, _ = fine.speed(mode, components, link, host, **changes)
                 theirs = published.get((components, stride)) if mode == "asyncdiff" else None
-                label = f"{mode}, {'CFG lanes x ' if lanes else ''}N={components}" + (", S=2" if stride == 2 else "")
                 beside = f"{theirs:.1f}x" if theirs and warmup == PUBLISHED_WARMUP[one.model] else "-"
-                waits = "all" if mode == "exact" else warmup
+                way = label(mode, components, stride, lanes, warmup)
                 speeds = f"{speed:.2f}x | {finer:.2f}x | {beside}"
-                yield f"| {title} | {devices} | {label} | {waits} | {speeds} | {nbytes / 1e6:.1f} |"
+                yield f"| {one.title} | {devices} | {way} | {speeds} | {nbytes / 1e6:.1f} |"
     yield ""
     yield "### Balance: time of the slowest component against the whole"
     yield ""
@@ -307,7 +195,7 @@ def tables(simulations: list[tuple[Simulation, Simulation]], options: argparse.N
             hand = fine.by_hand(components)
             ours = f"{one.share(one.bounds(components)):.3f} | {fine.share(fine.bounds(components)):.3f}"
             theirs = f"{hand:.3f}" if hand else "-"
-            yield f"| {PUBLISHED[one.model][0]} | {components} | {1 / components:.3f} | {theirs} | {ours} |"
+            yield f"| {one.title} | {components} | {1 / components:.3f} | {theirs} | {ours} |"
     yield ""
     yield "### Weights: the largest part of all bytes that one rank holds, and the slowest component's part of the time"
     yield ""
@@ -323,12 +211,61 @@ def tables(simulations: list[tuple[Simulation, Simulation]], options: argparse.N
                 except ValueError as error:
                     limited = f"none: {error}"
                 both = f"{one.largest(free):.3f}, {one.share(free):.3f} | {limited}"
-                yield f"| {PUBLISHED[one.model][0]} | {components} | {what} | {both} |"
+                yield f"| {one.title} | {components} | {what} | {both} |"
+
+
+def as_measured(profiles: list[dict[str, Any]], options: argparse.Namespace) -> Iterable[str]:
+    """Of profiles that were measured on a GPU: several such GPUs against one, with the times as they are."""
+    from leapfrog.parallel_backend.schedules.simulate import Link
+
+    yield f"### SIMULATED speeds of several GPUs against the one that was measured, {STEPS} steps"
+    yield ""
+    yield (
+        "Unit times, and those of one row instead of two for CFG lanes, as measured, not scaled. Cut between layers. "
+        f"Ideal: no time between devices. Else {options.latency:g} us a message, {options.host:g} ms host round trip a "
+        "step and links of so many GB/s each way."
+    )
+    yield ""
+    columns = "".join(f" {bandwidth:g} GB/s |" for bandwidth in options.links)
+    yield f"| model | latent | ms a step | devices | mode | warm-up | ideal | {columns[1:]} MB a step |"
+    yield "|---" * (8 + len(options.links)) + "|"
+    sides = [f"{measured['rows']}x{measured['side']}x{measured['side']}" for measured in profiles]
+    links = [(Link(), 0.0)]
+    links += [(Link(rate * 1e9, options.latency * 1e-6), options.host * 1e-3) for rate in options.links]
+    for measured, latent in zip(profiles, sides, strict=True):
+        fine = Simulation(measured, None, layers=True)
+        for devices in options.devices:
+            for mode, components, stride, lanes, warmup in rows(fine.model, devices):
+                if lanes and "row_seconds" not in measured:
+                    continue
+                changes: dict[str, Any] = {"warmup": warmup, "stride": stride}
+                if lanes:
+                    changes |= {"row_scale": measured["row_seconds"] / measured["whole_seconds"], "row_bytes": 0.5}
+                found = [fine.speed(mode, components, link, host, **changes) for link, host in links]
+                way = label(mode, components, stride, lanes, warmup)
+                speeds = " | ".join(f"{speed:.2f}x" for speed, _ in found)
+                begin = f"| {fine.title} | {latent} | {1e3 * fine.whole:.1f} | {devices} | {way}"
+                yield f"{begin} | {speeds} | {found[0][1] / 1e6:.1f} |"
+    yield ""
+    yield "One GPU, measured:"
+    yield ""
+    yield "| model | latent | sum of the parts, ms | in one go, ms | one row, ms | source |"
+    yield "|---|---|---|---|---|---|"
+    for measured, latent in zip(profiles, sides, strict=True):
+        alone = f"{1e3 * measured['row_seconds']:.1f}" if "row_seconds" in measured else "-"
+        times = f"{1e3 * Simulation(measured, None).whole:.1f} | {1e3 * measured['whole_seconds']:.1f} | {alone}"
+        yield f"| {TITLES[measured['model']]} | {latent} | {times} | {measured['source']} |"
+
+
+def label(mode: str, components: int, stride: int, lanes: bool, warmup: int) -> str:
+    """Two cells: mode and warm-up."""
+    way = f"{mode}, {'CFG lanes x ' if lanes else ''}N={components}" + (", S=2" if stride == 2 else "")
+    return f"{way} | {'all' if mode == 'exact' else warmup}"
 
 
 def rows(name: str, devices: int) -> Iterable[tuple[str, int, int, bool, int]]:
     """``(mode, components, stride, CFG lanes, warm-up)`` of the ways to use so many devices."""
-    for warmup in dict.fromkeys((1, PUBLISHED_WARMUP[name])):
+    for warmup in dict.fromkeys((1, PUBLISHED_WARMUP.get(name, 1))):
         yield "asyncdiff", devices, 1, False, warmup
         if devices > 2:
             yield "asyncdiff", devices - 1, 2, False, warmup
@@ -343,40 +280,71 @@ def rows(name: str, devices: int) -> Iterable[tuple[str, int, int, bool, int]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", help="profiles, or with --profile names of models")
+    parser.add_argument("what", nargs="+", help=f"profiles, or with --profile names of models: {', '.join(SUBJECTS)}")
     parser.add_argument("--profile", action="store_true", help="measure here")
-    parser.add_argument("--side", type=int, help="of the latent; default: what the model is made for")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", choices=(CPU, CUDA), help="to measure on; default: a GPU where PyTorch sees one")
+    parser.add_argument("--side", type=int, nargs="+", help="of the latent; default: what the model is made for")
+    parser.add_argument("--repeat", type=int, help=f"default: {REPEAT[CPU]}, on a GPU {REPEAT[CUDA]}")
+    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--bandwidth", type=float, default=12.0, help="of a link, GB/s each way")
+    parser.add_argument("--links", type=float, nargs="+", default=GPU_LINKS, help="the same, for the GPUs' table")
     parser.add_argument("--latency", type=float, default=30.0, help="of a message, microseconds")
     parser.add_argument("--host", type=float, default=0.5, help="host round trip of a step, milliseconds")
     parser.add_argument("--rows", type=float, default=0.55, help="time of half the rows against all")
     parser.add_argument("--as-measured", action="store_true", help="do not scale to the published step")
     options = parser.parse_args()
     if options.profile:
+        if unknown := set(options.what) - set(SUBJECTS):
+            parser.error(f"no such model: {', '.join(sorted(unknown))}")
         if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start
             os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
-        add_comfyui("--use-pytorch-cross-attention")
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        for name in options.what:
-            side = options.side or MODELS[name].side
-            measured = profile(name, side, options.repeat, options.threads)
-            path = FOLDER / (f"{name}.json" if side == MODELS[name].side else f"{name}_{side}.json")
-            path.write_text(json.dumps(measured, indent=1))
-            seconds = [layer["seconds"] for unit in measured["units"] for layer in unit["layers"]]
-            print(f"{path}: {sum(seconds):.2f} s in {len(measured['units'])} units, {len(seconds)} layers")
+        device = options.device or (CUDA if has_gpu() else CPU)
+        if device == CUDA and not has_gpu():
+            parser.error("PyTorch sees no GPU")
+        measure(options, device)
         return
     add_comfyui()
     load_pack()
+    profiles = [json.loads(Path(path).read_text()) for path in options.what]
+    profiles.sort(key=lambda measured: list(TITLES).index(measured["model"]))
     simulations = []
-    for path in options.what:
-        measured = json.loads(Path(path).read_text())
-        step = None if options.as_measured else PUBLISHED[measured["model"]][1] / STEPS
-        simulations.append((Simulation(measured, step), Simulation(measured, step, layers=True)))
-    simulations.sort(key=lambda pair: list(PUBLISHED).index(pair[0].model))
-    print("\n".join(tables(simulations, options)))
+    for measured in profiles:
+        published, usual = PUBLISHED.get(measured["model"]), SUBJECTS[measured["model"]].side
+        if published and measured.get("side", usual) == usual:
+            step = None if options.as_measured else published[1] / STEPS
+            simulations.append((Simulation(measured, step), Simulation(measured, step, layers=True)))
+    if simulations:
+        print("\n".join(tables(simulations, options)), end="\n\n")
+    if on_gpu := [measured for measured in profiles if "device" in measured]:
+        print("\n".join(as_measured(on_gpu, options)))
+
+
+def measure(options: argparse.Namespace, device: str) -> None:
+    """Write a profile of each model at each size."""
+    add_comfyui("--use-pytorch-cross-attention")
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    repeat = options.repeat or REPEAT[device]
+    for name in options.what:
+        usual = SUBJECTS[name].side
+        for side in options.side or [usual]:
+            if device == CUDA:
+                measured = in_forwards(name, side, repeat)
+            elif name == "flux":
+                print("flux: skipped, it is measured on a GPU only")
+                continue
+            else:
+                measured = layer_by_layer(name, side, repeat, options.threads)
+            if measured is None:
+                continue
+            parts = [name, *([str(side)] if side != usual else []), *([CUDA] if device == CUDA else [])]
+            path = FOLDER / f"{'_'.join(parts)}.json"
+            path.write_text(json.dumps(measured, indent=1))
+            seconds = [layer["seconds"] for unit in measured["units"] for layer in unit["layers"]]
+            total = sum(seconds) + measured["stem_seconds"] + measured["head_seconds"]
+            whole = f", {measured['whole_seconds']:.4f} s in one go" if "whole_seconds" in measured else ""
+            count = f"{len(measured['units'])} units, {len(seconds)} layers"
+            print(f"{path}: {total:.4g} s in {count}{whole}", flush=True)
 
 
 if __name__ == "__main__":
