@@ -26,7 +26,7 @@ LOUD = 1.0  # power of the loudest moment of a sound that is heard at all; the q
 LONGEST_S = 0.9  # of an event
 NARROW, BROAD = 1.6, 2.6  # deviation of the spectrum, in semitones: at most of a tone, at least of a drum
 STEADY, GLIDING = 2.0, 5.0  # semitones from start to end: at most of a tone, at least of a chirp or sigh
-NEAR = 8.0  # semitones from the pitch that a word names
+NEAR = 7.0  # semitones from the pitch that a word names
 
 
 def spectra(waveform: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def spoiled(rng: torch.Generator) -> tuple[Tensor, str]:
     first = ALL[int(which[0])]
     second = next(ALL[int(i)] for i in which if ALL[int(i)].kind != first.kind and ALL[int(i)].pitch != first.pitch)
     a, b = draw(first, rng), draw(second, rng)
-    ways = ("half of each of two sounds", "one sound, then another", "noise over it", "three events", "nothing")
+    ways = ("half of each of two sounds", "one sound, then another", "noise over it", "eight events", "nothing")
     way = ways[int(torch.randint(len(ways), (), generator=rng))]
     if way == ways[0]:
         return waveforms(torch.maximum(a, b)[None])[0], way
@@ -117,9 +117,8 @@ def spoiled(rng: torch.Generator) -> tuple[Tensor, str]:
     if way == ways[2]:
         return waveforms(a[None])[0] + 0.1 * torch.randn(FRAMES * 512, generator=rng), way
     if way == ways[3]:
-        three = draw(first._replace(count="four"), rng)
-        three[:, 45:] = three.min()
-        return waveforms(three[None])[0], way
+        four = draw(first._replace(count="four"), rng)[:, ::2]
+        return waveforms(torch.cat([four, four], 1)[None])[0], way
     return waveforms(torch.full((1, BANDS, FRAMES), float(a.min())))[0], way
 
 

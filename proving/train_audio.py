@@ -3,14 +3,16 @@
 Everything that the model sees is what ComfyUI's nodes give it: the input scaled by 1 / sqrt(sigma^2 + 1), atan(sigma)
 in quarter turns as the timestep, the 77 hidden states of the text encoder followed by a token each for the start (0 s)
 and the length (2 s) that ComfyUI states for 64 frames, both of them as the global state too, the empty prompt for
-classifier-free guidance. The two embedders of seconds are random and stay so. The
-training sees the hidden states through a linear map that evens their main directions out, and the file has this map
-multiplied into the layer that reads them.
-Usage: python proving/train_audio.py --clip CLIP.safetensors --work WORK [--comfyui DIR] [--minutes 45]
+classifier-free guidance. The two embedders of seconds are random and stay so. The training sees the hidden states
+through a linear map that evens their main directions out, and the file has this map multiplied into the layer that
+reads them. Half of the captions tell less than they could ("four chirps", "high sounds"): what a word means is then
+learned by itself, and not only with the words that it stands beside in few captions.
+Usage: python proving/train_audio.py --clip CLIP.safetensors --work WORK [--comfyui DIR] [--minutes 45] [--device cuda]
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from comfy_setup import WEIGHTS, prepare
-from sounds import ALL, FRAMES, TRAINED, draw
+from sounds import FRAMES, TRAINED, draw, said
 from training import MAIN, command_line, dropped, evening, read_prompts, save, train
 
 CONFIG: dict[str, Any] = {
@@ -28,6 +30,10 @@ CONFIG: dict[str, Any] = {
 }  # fmt: skip
 START, TOTAL = 0, int(FRAMES / 21.53)  # seconds; ComfyUI's defaults for a latent of this length
 READER = "to_cond_embed.0.weight"  # of the hidden states
+TOLD = tuple(itertools.product((True, False), repeat=3))
+"""Which of a sound's attributes a caption names; first the whole caption."""
+WHOLE = 0.5
+"""Share of whole captions."""
 
 
 def build(**changed: Any) -> nn.Module:
@@ -65,36 +71,53 @@ def seconds_embedders() -> dict[str, nn.Module]:
     return out
 
 
+def texts() -> tuple[list[str], Tensor]:
+    """All captions, and the row numbers [sounds, 8] of those that tell so much of each trained sound."""
+    told = [
+        [said(*(word if named else "" for word, named in zip(one, which, strict=True))) for which in TOLD]
+        for one in TRAINED
+    ]
+    captions = list(dict.fromkeys(itertools.chain(*told)))
+    return captions, torch.tensor([[captions.index(text) for text in row] for row in told])
+
+
 def main() -> None:
     """Trains for so many minutes, going on from the checkpoint in --work where there is one."""
     command = command_line(__doc__, WEIGHTS / "sounds_stable_audio.safetensors", minutes=45, batch=32, rate=0.02)
+    command.add_argument("--each", type=int, default=256, help="drawings of each sound")
+    command.add_argument("--device", type=torch.device, default="cpu", help="such as cuda")
     args = command.parse_args()
     prepare(args.comfyui, args.threads)
-    hidden, _ = read_prompts(args.clip, [a.caption for a in ALL], args.work / "prompts.pt")
-    rows = torch.tensor([ALL.index(a) for a in TRAINED])
-    to_even = evening(hidden[rows])
-    context = hidden @ to_even.T
+    captions, rows = texts()
+    hidden, _ = read_prompts(args.clip, captions, args.work / "prompts.pt")
+    to_even = evening(hidden[rows[:, 0]])
 
     torch.manual_seed(0)
+    drawing = torch.Generator().manual_seed(1)
+    latents = torch.stack([torch.stack([draw(one, drawing) for _ in range(args.each)]) for one in TRAINED])
     model, embedders = build(cond_token_dim=MAIN), seconds_embedders()
     with torch.no_grad():
         seconds = torch.cat([embedders[f"seconds_{k}"]([v])[0] for k, v in (("start", START), ("total", TOTAL))], 1)
-        numbers = seconds @ to_even.T
+        context, numbers = (hidden @ to_even.T).to(args.device), (seconds @ to_even.T).to(args.device)
+        seconds = seconds.flatten(1).to(args.device)
 
     def loss_of(rng: torch.Generator, _part: float) -> Tensor:
-        pick = torch.randint(len(TRAINED), (args.batch,), generator=rng)
-        clean = torch.stack([draw(TRAINED[i], rng) for i in pick.tolist()])
-        prompt = torch.cat([context[dropped(rows[pick], len(ALL), rng)], numbers.expand(args.batch, -1, -1)], 1)
-        sigma = torch.exp(0.7 + 1.6 * torch.randn(args.batch, generator=rng)).clamp(0.03, 500)
-        noise = torch.randn(clean.shape, generator=rng)
+        sounds = torch.randint(len(TRAINED), (args.batch,), generator=rng)
+        clean = latents[sounds, torch.randint(args.each, (args.batch,), generator=rng)].to(args.device)
+        whole = torch.rand(args.batch, generator=rng) < WHOLE
+        told = rows[sounds, torch.randint(len(TOLD), (args.batch,), generator=rng).masked_fill(whole, 0)]
+        prompts = context[dropped(told, len(captions), rng).to(args.device)]
+        sigma = torch.exp(0.7 + 1.6 * torch.randn(args.batch, generator=rng)).clamp(0.03, 500).to(args.device)
+        noise = torch.randn(clean.shape, generator=rng).to(args.device)
         level, part = sigma[:, None, None], (sigma[:, None, None].square() + 1).rsqrt()
-        noisy = (clean + level * noise) * part
-        timestep = sigma.atan() / math.pi * 2
-        got = model(noisy, timestep, context=prompt, global_embed=seconds.flatten(1).expand(args.batch, -1))
+        got = model(
+            (clean + level * noise) * part, sigma.atan() / math.pi * 2, global_embed=seconds.expand(args.batch, -1),
+            context=torch.cat([prompts, numbers.expand(args.batch, -1, -1)], 1),
+        )  # fmt: skip
         return F.mse_loss(got, (noise - level * clean) * part)
 
     def keep(average: dict[str, Tensor]) -> None:
-        average = average | {READER: average[READER] @ to_even}
+        average = average | {READER: average[READER].cpu() @ to_even}
         state = {f"model.model.{k}": v for k, v in average.items()}
         for name, embedder in embedders.items():
             state |= {f"conditioner.conditioners.{name}.{k}": v for k, v in embedder.state_dict().items()}
@@ -102,7 +125,7 @@ def main() -> None:
 
     train(
         model, loss_of, keep, inner=[n for n, w in model.named_parameters() if w.ndim == 2 and ".layers." in n],
-        checkpoint=args.work / "audio.pt", minutes=args.minutes, rate=args.rate,
+        checkpoint=args.work / "audio.pt", minutes=args.minutes, rate=args.rate, device=args.device,
     )  # fmt: skip
 
 

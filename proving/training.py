@@ -17,6 +17,7 @@ from comfy_setup import WEIGHTS, parser
 from grounds import load_clip
 from muon import Muon
 
+CPU = torch.device("cpu")
 DROPPED = 0.1
 """Share of empty prompts."""
 SAVED_S = 120.0
@@ -102,6 +103,7 @@ def train(
     checkpoint: Path,
     minutes: float,
     rate: float,
+    device: torch.device = CPU,
 ) -> None:
     """Trains for so many minutes in all, going on from the checkpoint where there is one.
 
@@ -109,13 +111,14 @@ def train(
     whenever they are worth writing. ``inner`` names the weights that Muon takes, Adam has the rest.
     """
     names = set(inner)
+    model.to(device)
     muon = [weight for name, weight in model.named_parameters() if name in names]
     adam = [weight for name, weight in model.named_parameters() if name not in names]
     optimisers = [(Muon(muon, decay=0.01), rate), (torch.optim.Adam(adam, betas=(0.9, 0.99)), rate / 8)]
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     done, before = 0, 0.0
     if checkpoint.exists():
-        old = torch.load(checkpoint)
+        old = torch.load(checkpoint, map_location=device)
         model.load_state_dict(old["model"])
         average, done, before = old["average"], old["step"], old["seconds"]
         for (optimiser, _), state in zip(optimisers, old["optimisers"], strict=True):
