@@ -6,8 +6,9 @@ export PYTHONDONTWRITEBYTECODE := 1
 endif
 
 UNDISTURBED := tests/multirank tests/unit
+HAS_GPU = $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
-.PHONY: demo test lint bench quality families faults soak fuzz setup clean distclean
+.PHONY: demo test test-gpu lint bench quality families faults soak fuzz setup clean distclean
 .DEFAULT_GOAL := demo
 
 demo: setup  ## one prompt through ComfyUI alone and through both nodes: a table and a picture
@@ -16,6 +17,10 @@ demo: setup  ## one prompt through ComfyUI alone and through both nodes: a table
 test: lint  ## lint, then every test that can run here; those that nothing disturbs two files at a time
 	$(BIN)/pytest -n 2 --dist loadfile $(UNDISTURBED)
 	$(BIN)/pytest $(addprefix --ignore ,$(UNDISTURBED))
+	! $(HAS_GPU) || $(MAKE) test-gpu
+
+test-gpu: setup  ## what ranks do, with ranks on GPUs
+	TEST_ON_GPUS=1 $(BIN)/pytest tests/gpu tests/multirank tests/faults tests/host
 
 lint: setup
 	$(BIN)/ruff check

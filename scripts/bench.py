@@ -154,6 +154,7 @@ def round_overheads_ms(folder: Path) -> tuple[list[float], list[float]]:
 def batches(options: argparse.Namespace) -> None:
     """BatchStep: several steps as one batch on ONE device, against the same steps one after another."""
     import comfy.samplers
+    import torch
 
     from leapfrog.nodes.rounds_sampler import RoundsSampler
     from leapfrog.parallel_backend import LanesPlan
@@ -185,15 +186,18 @@ def batches(options: argparse.Namespace) -> None:
         "Wan 2.1, narrow, latent 16x4x8x8": small("wan21", latent=(16, 4, 8, 8)),
     }
     device = devices(1)[0]
-    print(f"{date.today()}, one device ({device}), one thread, {options.steps} steps, CFG 1, nothing rejected")
+    what = torch.cuda.get_device_name() if device != CPU else "the CPU, one thread"
+    print(f"{date.today()}, one device ({what}), {options.steps} steps, CFG 1, nothing rejected")
     print("| model | lanes | rounds | seconds | speed | at best |")
     print("|---|---|---|---|---|---|", flush=True)
     for name, run in cases.items():
         if options.only not in name:
             continue
         alone = 0.0
-        for lanes in (1, 2, 4, 8):
-            sampler = RoundsSampler(LanesPlan((device,), lanes, options.warmup), euler, lambda text: None)
+        for lanes in (0, 1, 2, 4, 8):
+            sampler: Any = euler
+            if lanes:
+                sampler = RoundsSampler(LanesPlan((device,), lanes, options.warmup), euler, lambda text: None)
             run(sampler, 2)
             took = []
             for _ in range(options.repeat):
@@ -202,9 +206,9 @@ def batches(options: argparse.Namespace) -> None:
                 took.append(time.perf_counter() - began)
             seconds = statistics.median(took)
             alone = alone or seconds
-            rounds = sampler.last_run.count if sampler.last_run else 0
-            best = f"{options.steps / rounds:.2f}x"
-            print(f"| {name} | {lanes} | {rounds} | {seconds:.2f} | {alone / seconds:.2f}x | {best} |", flush=True)
+            rounds = sampler.last_run.count if lanes and sampler.last_run else options.steps
+            shown = f"{seconds:.2f} | {alone / seconds:.2f}x | {options.steps / rounds:.2f}x"
+            print(f"| {name} | {lanes or ALONE} | {rounds} | {shown} |", flush=True)
     close_all()
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from comfy_server import ComfyServer
 from pack import BASE, ROOT
+from where import FLAGS, devices
 
 GRAPHS = ROOT / "tests" / "graphs"
 NODES = ROOT / "tests" / "faults" / "campaign_nodes.py"
@@ -49,7 +50,7 @@ class Workflow:
         nodes: Graph = json.loads((GRAPHS / f"{self.graph}.json").read_text())
         for node in ("split", "sampler", "sample"):
             if "devices" in nodes.get(node, {}).get("inputs", {}):
-                nodes[node]["inputs"]["devices"] = ",".join(["cpu"] * RANKS)
+                nodes[node]["inputs"]["devices"] = devices(RANKS)
         nodes["sigmas" if "sigmas" in nodes else "sample"]["inputs"]["steps"] = STEPS
         if self.lora:
             behind = "split" if "split" in nodes else "model"
@@ -113,7 +114,7 @@ def campaign_server(base: Path, **env: str) -> ComfyServer:
     """A server on that base, not started yet, with variables set. Its pictures and temporary files stay in the base."""
     # threads that spin while they wait cost far more than they gain where ranks need the cores
     own = {"OMP_WAIT_POLICY": "PASSIVE", "TMPDIR": str(base / "tmp"), **env}
-    return ComfyServer(base=base, output=base / "output", env=own)
+    return ComfyServer(*FLAGS, base=base, output=base / "output", env=own)
 
 
 @contextmanager

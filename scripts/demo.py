@@ -195,18 +195,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--cpu", action="store_true", help="ranks on the CPU, also where there is a GPU")
     options = parser.parse_args()
     import torch
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    many = gpus > 1
-    devices, ranks = ("auto", gpus) if many else ("cpu,cpu", 2)
+    gpus = 0 if options.cpu or not torch.cuda.is_available() else torch.cuda.device_count()
+    where = f"CPU, {os.cpu_count()} cores, one thread for ComfyUI and for each rank"
+    devices, ranks, flags = "cpu,cpu", 2, ["--cpu"]
+    if gpus:
+        where = f"{gpus} GPUs"
+        devices, ranks, flags = "auto", gpus, []
+    if gpus == 1:
+        where = "two ranks share one GPU, which makes nothing faster; --cpu uses the CPU's cores"
+        devices, ranks = "0,0", 2
+        os.environ["LEAPFROG_SHARE_GPU"] = "1"
     add_comfyui()
     load_pack()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = modes(devices, ranks, options.steps)
-    flags = [] if many else ["--cpu"]
-    where = f"{gpus} GPUs" if many else f"CPU, {os.cpu_count()} cores, one thread for ComfyUI and for each rank"
     print(f"Starting ComfyUI ({where}) ...", flush=True)
     with tempfile.TemporaryDirectory() as traces:
         env = {"LEAPFROG_TRACE_DIR": traces, "OMP_NUM_THREADS": "1"}

@@ -53,6 +53,7 @@ from fault_kinds import (
     Fault,
     schedule,
 )
+from where import choose
 
 SAME_AS_ALONE = (EXACT, LANES, KSAMPLER)
 
@@ -302,6 +303,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
     args = parser.parse_args()
+    choose()
     print(f"seed {args.seed}, {args.count} faults", flush=True)
     began = time.monotonic()
     figures = run(args.count, args.seed, args.kinds.split(","), say=lambda text: print(text, flush=True))

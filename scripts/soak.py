@@ -35,6 +35,7 @@ from campaign import (
     until_told_to_stop,
 )
 from comfy_server import ComfyServer, PromptInterrupted
+from where import choose
 
 SIZES = ((128, 128), (128, 128), (160, 96), (96, 160), (192, 128))
 COLLECTS_S = 11.0
@@ -190,6 +191,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--control", action="store_true", help="ComfyUI alone")
     args = parser.parse_args()
+    choose()
     began = time.monotonic()
     soak = run(args.prompts, args.seed, control=args.control, say=lambda text: print(text, flush=True))
     print(f"{(time.monotonic() - began) / 60:.0f} minutes")

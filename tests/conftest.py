@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from pack import add_comfyui, has_gpu, load_pack
+import where
+from pack import add_comfyui, load_pack
 
 # Before torch is loaded, and for every process that a test starts: OpenMP threads that spin while they wait make a
 # prompt 20 times slower where more processes compute than there are cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-add_comfyui()
+where.choose()
+add_comfyui(*where.FLAGS)
 load_pack()
 
 # Generated cases are judged by what they do, not by how busy the machine is.
@@ -25,7 +27,7 @@ HERE = Path(__file__).parent
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MISSING = {
     "browser": None if CHROMIUM else "no Chromium is installed",
-    "gpu": None if has_gpu() else "PyTorch sees no CUDA device",
+    "gpu": None if where.ON_GPUS else "no GPU, or not asked for: `make test` does where there is one",
     "full_size": None if os.environ.get("LEAPFROG_FULL_SIZE") == "1" else "minutes and gigabytes: `make families`",
 }
 """Folder -> why its tests cannot run here, None where they can."""

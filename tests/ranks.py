@@ -1,4 +1,4 @@
-"""Both nodes on tiny denoisers, in this process, with ranks that are real processes on the CPU.
+"""Both nodes on tiny denoisers, in this process, with ranks that are real processes: on the CPU, or on GPUs.
 
 All tests share one pool: the backend keeps the ranks of the last set of devices alive.
 """
@@ -17,10 +17,11 @@ from generation import Request, generate
 from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
 from leapfrog.parallel_backend import supervisor
 from leapfrog.parallel_backend.pool import Pool
+from where import ON_GPUS, devices
 
 torch.set_num_threads(1)  # the ranks have a core each
 
-EXACT = 1e-5
+EXACT = 1e-4 if ON_GPUS else 1e-5
 """Relative distance up to which two results count as the same."""
 
 
@@ -42,8 +43,8 @@ def reference(request: Request, sampler: str = "euler") -> torch.Tensor:
 def split(model: Any, ranks: int = 2, mode: str = "asyncdiff", warmup: int = 2, **options: Any) -> Any:
     """The MODEL that Async UNet Split gives; one component per rank if ``options`` do not say otherwise."""
     options = {"components": ranks, "stride": 1, **options}
-    devices = ",".join(["cpu"] * options.pop("devices", ranks))
-    return AsyncUNetSplit.execute(model, devices, warmup_steps=warmup, mode=mode, **options).args[0]
+    named = devices(options.pop("devices", ranks))
+    return AsyncUNetSplit.execute(model, named, warmup_steps=warmup, mode=mode, **options).args[0]
 
 
 def parastep(
@@ -53,7 +54,7 @@ def parastep(
     """The SAMPLER that ParaStep Sampler gives, around a sampler's name or a SAMPLER."""
     named = {"base_sampler": base} if isinstance(base, str) else {"base_sampler": "euler", "sampler": base}
     return ParaStepSampler.execute(
-        **named, fidelity=fidelity, lanes=lanes, devices=",".join(["cpu"] * ranks), warmup_steps=warmup,
+        **named, fidelity=fidelity, lanes=lanes, devices=devices(ranks), warmup_steps=warmup,
         predictor=predictor, drift_bound=drift_bound, calibrate=calibrate,
     ).args[0]  # fmt: skip
 

@@ -14,6 +14,7 @@ import comfy.controlnet
 import comfy.gligen
 import comfy.ldm.flux.controlnet
 import comfy.model_detection
+import comfy.model_management
 import comfy.model_patcher
 import comfy.ops
 import comfy.sd
@@ -60,7 +61,8 @@ def gligen() -> comfy.model_patcher.ModelPatcher:
     weights.update((f"position_net.{k}", v) for k, v in _seeded(comfy.gligen.PositionNet(CONTEXT, CONTEXT), 25).items())
     for name in ("attn", "dense"):
         weights[f"input_blocks.1.1.transformer_blocks.0.fuser.alpha_{name}"] = torch.tensor(1.0)
-    return comfy.model_patcher.ModelPatcher(comfy.gligen.load_gligen(weights), load_device=CPU, offload_device=CPU)
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(comfy.gligen.load_gligen(weights), load_device=device, offload_device=CPU)
 
 
 def tiny_inpainting_unet() -> Path:

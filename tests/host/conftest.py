@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from comfy_server import ComfyServer
+from where import FLAGS
 
 GRAPHS = Path(__file__).parent.parent / "graphs"
 
 
 @pytest.fixture(scope="session")
 def comfy_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    with ComfyServer(output=tmp_path_factory.mktemp("output")) as server:
+    with ComfyServer(*FLAGS, output=tmp_path_factory.mktemp("output")) as server:
         yield server
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from campaign import is_rank, wait_until
 from comfy_server import ComfyServer, PromptError, PromptInterrupted
+from where import devices
 
 BLOCKS = {"async_unet_split": "split", "parastep_sampler": "sampler", "parastep_ksampler": "sample"}
 """Graph -> the id of our node in it."""
@@ -24,12 +25,12 @@ Graphs = Callable[..., Graph]
 
 @pytest.fixture
 def block_graph(graph: Callable[[str], Graph]) -> Graphs:
-    """A graph of a block on two CPU ranks; ``node`` are inputs of our node, ``steps`` and ``seed`` the sampler's."""
+    """A graph of a block on two ranks; ``node`` are inputs of our node, ``steps`` and ``seed`` the sampler's."""
 
     def make(name: str, steps: int = 20, seed: int = 7, **node: Any) -> Graph:
         made = graph(name)
         if name in BLOCKS:
-            made[BLOCKS[name]]["inputs"] |= {"devices": "cpu,cpu", **node}
+            made[BLOCKS[name]]["inputs"] |= {"devices": devices(2), **node}
         for inputs in (one["inputs"] for one in made.values()):
             inputs |= {
                 key: value for key, value in (("steps", steps), ("seed", seed), ("noise_seed", seed)) if key in inputs
@@ -189,7 +190,7 @@ def test_a_single_device_is_comfyui_alone(comfy_server: ComfyServer, block_graph
     before = ranks(comfy_server)
     seed = 14 + len(name)  # a picture that nobody has drawn yet
     lanes = {} if name == "async_unet_split" else {"lanes": 0}
-    ours = picture(comfy_server, block_graph(name, seed=seed, devices="cpu", **lanes))
+    ours = picture(comfy_server, block_graph(name, seed=seed, devices=devices(1), **lanes))
     np.testing.assert_array_equal(ours, picture(comfy_server, block_graph("stock_flux", seed=seed)))
     assert ranks(comfy_server) == before
 

@@ -14,11 +14,12 @@ from leapfrog.nodes.adviser import measured
 from leapfrog.nodes.rounds_sampler import in_rounds
 from leapfrog.parallel_backend import LanesPlan, LeapfrogError, SplitPlan, Survey
 from ranks import EXACT, load, parastep, reference, split, the_pool
+from where import devices
 
 
 def ask(model: Any, family: str = "flux", **changes: Any) -> tuple[Any, str]:
     request = Request(family)
-    inputs = {"steps": 20, "cfg": 3.0, "devices": "cpu,cpu", "wish": "balanced", **changes}
+    inputs = {"steps": 20, "cfg": 3.0, "devices": devices(2), "wish": "balanced", **changes}
     latent = {"samples": torch.zeros(request.shape)}
     return LeapfrogAdviser.execute(model, prompt(1), latent, **inputs).args
 
@@ -38,7 +39,7 @@ def test_the_model_passes_through_and_the_advice_can_be_followed(family: str):
 
 
 def test_every_plan_that_was_timed_is_one_that_runs():
-    survey = measured(load("flux"), prompt(1), {"samples": torch.zeros(Request().shape)}, "cpu,cpu")
+    survey = measured(load("flux"), prompt(1), {"samples": torch.zeros(Request().shape)}, devices(2))
     assert survey.facts
     assert survey.facts.nbytes == the_pool().memory["loaded"][1][0].nbytes
     assert survey.facts.whole(1) > 0

@@ -339,7 +339,8 @@ class BorrowingControl(comfy.controlnet.ControlBase):
         self.borrowed = model.diffusion_model.state_dict()["out.2.weight"]
 
     def get_control(self, x_noisy: torch.Tensor, *_: Any) -> dict[str, Any]:
-        return {"input": [], "middle": [x_noisy.std() * self.borrowed.std() * torch.ones(1, 320, 1, 1)], "output": []}
+        strength = x_noisy.std() * self.borrowed.std().to(x_noisy.device)
+        return {"input": [], "middle": [strength * x_noisy.new_ones(1, 320, 1, 1)], "output": []}
 
 
 def behind_gligen() -> Conditioning:

@@ -141,7 +141,7 @@ def test_an_asynchronous_run_repeats_exactly():
 
 def test_weights_baked_many_times_neither_drift_nor_pile_up():
     model = with_lora(load("flux"))
-    file = load("flux").model.diffusion_model.state_dict()
+    file = {key: value.cpu() for key, value in load("flux").model.diffusion_model.state_dict().items()}
     patches = decode_patches(patches_of(model)[1])
     held = build(recipe_of(model), lambda _: [])
     cpu = torch.device("cpu")

@@ -114,7 +114,10 @@ def test_every_row_of_a_round_has_the_prompt_of_its_own_step(warmup: int, monkey
     def look(args: tuple, into: dict[float, bool]) -> None:
         _, sigmas, contexts = args
         into.update(
-            {float(sigma): torch.equal(row, positive[0][0][0]) for sigma, row in zip(sigmas, contexts, strict=True)}
+            {
+                float(sigma): torch.equal(row.cpu(), positive[0][0][0])
+                for sigma, row in zip(sigmas, contexts, strict=True)
+            }
         )
 
     def record(self: LanesDenoiser, inputs: tuple, *rest: Any) -> Any:
