@@ -29,7 +29,7 @@ NODES = ROOT / "tests" / "faults" / "campaign_nodes.py"
 DENOISER, LORA = "shapes_flux.safetensors", "campaign_lora.safetensors"
 SHARED_MEMORY = Path("/dev/shm")
 RANKS = 2
-STEPS = 10
+STEPS = 20
 PATIENCE_S = 120.0
 """A prompt without an answer after this long hangs."""
 ENDS = ("execution_success", "execution_error", "execution_interrupted")

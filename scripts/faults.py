@@ -140,7 +140,8 @@ class Campaign:
         if not behind or said.startswith("hang"):  # the queue went with the server that hung
             behind = [(self.queue(one), one) for one in followers]
         for at, (prompt_id, workflow) in enumerate(behind):
-            self._follow(fault, prompt_id, workflow, said)
+            # where the first came to its end before the fault, that has met the next
+            self._follow(fault, prompt_id, workflow, said, met=at == 0 and victim is not None and said[:5] == "right")
             if at == 0:
                 self._time_pool(fault, prompt_id, struck, said)
         self._look_for_orphans()
@@ -181,6 +182,8 @@ class Campaign:
         elif what == "wrong":
             self.figures.wrong += 1
             self._complain(fault, "the prompt that was hit drew a wrong picture")
+        elif what == "right" and fault.moment == QUEUED and (self.when(victim, "execution_start") or struck) < struck:
+            pass  # it had begun before the fault came
         elif what not in kind.may or (what == "failed" and not re.search(kind.says, words, re.DOTALL)):
             self.figures.unclear += 1
             self._complain(fault, f"{what}: {words}")
@@ -191,9 +194,13 @@ class Campaign:
             self._time_cancel(fault, victim, struck)
         return f"{what} {first:.160}".strip()
 
-    def _follow(self, fault: Fault, prompt_id: str, workflow: Workflow, said: str) -> None:
-        """A prompt that nothing was done to."""
+    def _follow(self, fault: Fault, prompt_id: str, workflow: Workflow, said: str, met: bool = False) -> None:
+        """A prompt that nothing was done to, but ``met`` the fault perhaps."""
         what, words = self.answer(prompt_id, workflow)
+        kind = KINDS[fault.kind]
+        if met and what in kind.may and what == "failed" and re.search(kind.says, words, re.DOTALL):
+            self.figures.answers[what] += 1
+            return
         self.figures.later += 1
         if what == "right":
             return

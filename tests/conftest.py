@@ -57,7 +57,8 @@ def known_folders(tmp_path_factory: pytest.TempPathFactory) -> None:
     from seeded import FOLDER
 
     for folder in (FOLDER, WEIGHTS, tmp_path_factory.getbasetemp()):
-        folder_paths.add_model_folder_path("diffusion_models", str(folder))
+        for kind in ("diffusion_models", "checkpoints"):
+            folder_paths.add_model_folder_path(kind, str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -162,6 +162,37 @@ def test_a_rank_that_hangs(exact: Run, rank: int, monkeypatch: pytest.MonkeyPatc
     assert distance(exact(Request()), reference(Request())) < EXACT
 
 
+def test_a_first_call_that_takes_long_does_not_put_the_deadline_off(monkeypatch: pytest.MonkeyPatch):
+    """As where NCCL connects in it."""
+    model, size = split(load("flux"), mode="exact"), Request(size=12)
+    generate(model, size)
+    supervisor.close_all()
+    generate(model, Request())  # all is loaded and known by now
+    calls: list[int] = []
+
+    def slow_at_first(apply_model: Any, call: dict[str, Any]) -> Any:
+        if not calls:
+            hang(0)
+            threading.Timer(4, os.kill, (the_pool().pids[0], signal.SIGCONT)).start()
+        calls.append(len(calls))
+        return apply_model(call["input"], call["timestep"], **call["c"])
+
+    slow = model.clone()
+    slow.set_model_unet_function_wrapper(slow_at_first)
+    monkeypatch.setattr(denoiser, "WARM_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(denoiser, "WARM_TIMEOUT_FACTOR", 3)
+    with Failing("rank_timeout", 0) as failing:
+
+        def hang_later(step: int, *_: Any) -> None:
+            if step == 2:
+                failing.struck = time.monotonic()
+                hang(0)
+
+        generate(slow, size, on_step=hang_later)
+    monkeypatch.undo()
+    assert distance(generate(model, size), reference(size)) < EXACT
+
+
 def test_a_rank_that_cannot_read_its_file(exact: Run, tmp_path: Path):
     exact(Request())
     path = tmp_path / "torn.safetensors"
