@@ -20,7 +20,7 @@ test: lint  ## lint, then every test that can run here; those that nothing distu
 	! $(HAS_GPU) || $(MAKE) test-gpu
 
 test-gpu: setup  ## what ranks do, with ranks on GPUs
-	TEST_ON_GPUS=1 $(BIN)/pytest tests/gpu tests/multirank tests/faults tests/host
+	TEST_ON_GPUS=1 $(BIN)/pytest tests/gpu tests/multirank tests/faults tests/host/test_server_blocks.py
 
 lint: setup
 	$(BIN)/ruff check
@@ -31,8 +31,8 @@ lint: setup
 bench: setup  ## speed on a denoiser heavy enough to tell
 	@$(BIN)/python scripts/bench.py
 
-quality: setup  ## how close both blocks come to ComfyUI alone, on the trained models, in short: docs/quality/
-	@$(BIN)/python scripts/quality.py --samples 4
+quality: setup  ## how close both blocks come to ComfyUI alone, on the trained models, in short: build/quality
+	@$(BIN)/python scripts/quality.py --samples 4 --out build/quality
 
 families: setup  ## every architecture, U-Nets at full size: docs/families.md
 	LEAPFROG_WRITE_DOCS=1 LEAPFROG_FULL_SIZE=1 $(BIN)/pytest tests/multirank/test_families.py tests/full_size

@@ -47,7 +47,7 @@ class RemoteDenoiser:
         self._pool: Pool | None = None
         self._slowest: dict[tuple[int, ...], float] = {}
         self._first: dict[tuple[int, ...], float] = {}
-        self._ended_at = 0.0
+        self._free_since: dict[int, float] = {}
 
     @staticmethod
     def check_patches(patches: Patches) -> None:
@@ -140,7 +140,8 @@ class RemoteDenoiser:
             return self._pool.wait(calls, ranks, self._deadline_s(self._pool, sizes), tick)
 
     def _deadline_s(self, pool: Pool, sizes: Sequence[torch.Size]) -> float:
-        """How long an answer to calls of these sizes may take: many times as long as it ever took, where that is known.
+        """How long an answer to calls of these sizes may take: many times as long as it ever took, where that is known,
+        the first one and the wait behind others left out.
 
         Never less than half a minute, nor more than the step timeout.
         """
@@ -152,8 +153,9 @@ class RemoteDenoiser:
 
     def _took(self, call: Call, size: torch.Size, sent_at: float) -> None:
         now = time.perf_counter()
-        seconds, alone = now - sent_at, now - max(sent_at, self._ended_at)
-        self._ended_at = now
+        # behind an earlier call of the same ranks it had to wait
+        seconds, alone = now - sent_at, now - max(sent_at, min(self._free_since.get(rank, 0.0) for rank in call.ranks))
+        self._free_since.update(dict.fromkeys(call.ranks, now))
         if size in self._first:
             self._slowest[size] = max(self._slowest.get(size, 0.0), alone)
         else:  # it has costs that come once: NCCL connects, kernels are chosen

@@ -109,6 +109,7 @@ class Pool:
         self._gone = threading.Event()
         self._calls: dict[int, Call] = {}
         self._number = 0
+        self._failure: ErrorReport | None = None
         self.arenas: dict[str, Arena] = {}
 
     @property
@@ -264,7 +265,7 @@ class Pool:
         while True:
             for call in calls:
                 if self._calls.get(call.number) is not call:
-                    raise LeapfrogError.of("rank_died", ENDED_MEANWHILE)
+                    raise self._ended_meanwhile()
                 if all(rank in call.replies for rank in ranks if rank in call.ranks):
                     return call
             self._pump(deadline, tick)
@@ -340,10 +341,14 @@ class Pool:
                 return None
             time.sleep(0.005)
 
+    def _ended_meanwhile(self) -> LeapfrogError:
+        """For those who still wait: what the pool failed of, whoever heard of it first."""
+        return error_of(self._failure) if self._failure else LeapfrogError.of("rank_died", ENDED_MEANWHILE)
+
     def _closed(self, owing: Iterable[int]) -> LeapfrogError:
         """Why a channel of these ranks is closed."""
         if not self.alive:
-            return LeapfrogError.of("rank_died", ENDED_MEANWHILE)
+            return self._ended_meanwhile()
         return self._died(next((rank for rank in owing if self.channels[rank].connection.fileno() < 0), min(owing)))
 
     def _died(self, rank: int) -> LeapfrogError:
@@ -364,13 +369,16 @@ class Pool:
         return min(silent, key=lambda rank: (not self.processes[rank].stopped, rank not in suspects, rank))
 
     def broken(self, report: ErrorReport) -> LeapfrogError:
-        """End the pool; the error to raise, with all that is known about it."""
+        """End the pool; the error to raise, with all that is known. What follows from another one is told as that."""
+        if self._failure:
+            return error_of(self._failure)
         if 0 <= report.rank < len(self.processes):
             step = next((call.step for call in self._calls.values() if report.rank in self._owing(call)), 0)
             lines = self.processes[report.rank].last_lines(LAST_LINES)
             report = msgspec.structs.replace(report, step=step, log=lines)
         if report.traceback:
             log.error("Leapfrog rank %d:\n%s", report.rank, report.traceback)
+        self._failure = report
         self._end(State.FAILED)
         return error_of(report)
 

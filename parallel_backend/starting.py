@@ -179,13 +179,16 @@ def _nccl_shares_gpus() -> bool:
     return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" and nccl_version() >= (2, 30)
 
 
+LOADED_ALREADY = getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_LAZY", 0)
+
+
 def nccl_version() -> tuple[int, ...]:
     """That of the NCCL which is loaded, such as ``(2, 30, 7)``; torch would name the one that it was built with."""
     import torch.cuda.nccl
 
     found = ctypes.c_int()
     try:
-        ctypes.CDLL("libnccl.so.2").ncclGetVersion(ctypes.byref(found))
+        ctypes.CDLL("libnccl.so.2", LOADED_ALREADY).ncclGetVersion(ctypes.byref(found))
     except (OSError, AttributeError):  # inside torch, or another system's
         return torch.cuda.nccl.version()[:3]
     return found.value // 10000, found.value // 100 % 100, found.value % 100

@@ -5,8 +5,8 @@ in quarter turns as the timestep, the 77 hidden states of the text encoder follo
 and the length (2 s) that ComfyUI states for 64 frames, both of them as the global state too, the empty prompt for
 classifier-free guidance. The two embedders of seconds are random and stay so. The training sees the hidden states
 through a linear map that evens their main directions out, and the file has this map multiplied into the layer that
-reads them. Half of the captions tell less than they could ("four chirps", "high sounds"): what a word means is then
-learned by itself, and not only with the words that it stands beside in few captions.
+reads them. Nearly half of the captions tell less than they could ("four chirps", "high sounds"): what a word means is
+then learned by itself, and not only with the words that it stands beside in few captions.
 Usage: python proving/train_audio.py --clip CLIP.safetensors --work WORK [--comfyui DIR] [--minutes 45] [--device cuda]
 """
 
@@ -33,7 +33,7 @@ READER = "to_cond_embed.0.weight"  # of the hidden states
 TOLD = tuple(itertools.product((True, False), repeat=3))
 """Which of a sound's attributes a caption names; first the whole caption."""
 WHOLE = 0.5
-"""Share of whole captions."""
+"""Share of whole captions, beside those among all that are drawn from TOLD."""
 
 
 def build(**changed: Any) -> nn.Module:

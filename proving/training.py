@@ -47,13 +47,15 @@ def drawings_options(command: ArgumentParser, each: int, of: str) -> None:
 @torch.no_grad()
 def read_prompts(clip_file: Path, captions: Sequence[str], cache: Path) -> tuple[Tensor, Tensor]:
     """Hidden states [N + 1, 77, 768] and pooled states [N + 1, 768] of N captions and, last, of the empty prompt."""
-    if not cache.exists():
+    known = torch.load(cache) if cache.exists() else [None]
+    if known[0] != list(captions):
         cache.parent.mkdir(parents=True, exist_ok=True)
         clip = load_clip(clip_file)
         prompts = [*captions, ""]
         states = [clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True) for prompt in prompts]
-        torch.save(tuple(torch.cat(part).clone() for part in zip(*states, strict=True)), cache)
-    return torch.load(cache)
+        known = [list(captions), *(torch.cat(part).clone() for part in zip(*states, strict=True))]
+        torch.save(known, cache)
+    return known[1], known[2]
 
 
 def evening(hidden: Tensor) -> Tensor:
@@ -118,9 +120,9 @@ def train(
     average = {k: v.detach().clone() for k, v in model.state_dict().items()}
     done, before = 0, 0.0
     if checkpoint.exists():
-        old = torch.load(checkpoint, map_location=device)
+        old = torch.load(checkpoint, map_location=CPU)  # where Adam counts its steps
         model.load_state_dict(old["model"])
-        average, done, before = old["average"], old["step"], old["seconds"]
+        average, done, before = {k: v.to(device) for k, v in old["average"].items()}, old["step"], old["seconds"]
         for (optimiser, _), state in zip(optimisers, old["optimisers"], strict=True):
             optimiser.load_state_dict(state)
     rng = torch.Generator().manual_seed(done + 1)

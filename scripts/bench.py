@@ -42,7 +42,7 @@ def devices(ranks: int = RANKS) -> tuple[str, ...]:
     """The ranks' devices: GPUs where there are so many, else the CPU."""
     import torch
 
-    many = torch.cuda.is_available() and torch.cuda.device_count() >= ranks
+    many = torch.cuda.device_count() >= ranks  # is_available() would make CUDA forget to look at the environment again
     return tuple(f"cuda:{i}" for i in range(ranks)) if many else (CPU,) * ranks
 
 
@@ -230,7 +230,7 @@ def main() -> None:
     options = parser.parse_args()
     if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
-    if not options.solo and devices(options.ranks)[0] == CPU:
+    if not options.solo and devices(1 if options.batch else options.ranks)[0] == CPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     add_comfyui()
     load_pack()

@@ -206,10 +206,10 @@ def main() -> int:
         where = f"{gpus} GPUs"
         devices, ranks, flags = "auto", gpus, []
     if gpus == 1:
-        where = "two ranks share one GPU, which makes nothing faster; --cpu uses the CPU's cores"
+        where = "two ranks share one GPU, which makes nothing faster (scripts/demo.py --cpu uses the CPU)"
         devices, ranks = "0,0", 2
         os.environ["LEAPFROG_SHARE_GPU"] = "1"
-    add_comfyui()
+    add_comfyui(*flags)
     load_pack()
     options.out.mkdir(parents=True, exist_ok=True)
     rows = modes(devices, ranks, options.steps)

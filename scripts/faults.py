@@ -10,6 +10,7 @@ What can be broken, and how, is in fault_kinds.py.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import time
@@ -126,6 +127,7 @@ class Campaign:
         behind = [(self.queue(one), one) for one in followers] if victim and not kind.repair else []
         self._await(fault, victim, ahead)
         mapped = segments(self.server.pid)
+        queued = bool(behind)
         struck = time.monotonic()
         if kind.strike(self.comfy, fault) is not False:
             self.figures.injected[fault.kind] += 1
@@ -139,9 +141,9 @@ class Campaign:
         began = time.monotonic()
         if not behind or said.startswith("hang"):  # the queue went with the server that hung
             behind = [(self.queue(one), one) for one in followers]
+        too_late = bool(victim) and queued and (self.when(victim, "execution_success") or math.inf) < struck
         for at, (prompt_id, workflow) in enumerate(behind):
-            # where the first came to its end before the fault, that has met the next
-            self._follow(fault, prompt_id, workflow, said, met=at == 0 and victim is not None and said[:5] == "right")
+            self._follow(fault, prompt_id, workflow, said, met=too_late and at == 0)
             if at == 0:
                 self._time_pool(fault, prompt_id, struck, said)
         self._look_for_orphans()
@@ -195,11 +197,10 @@ class Campaign:
         return f"{what} {first:.160}".strip()
 
     def _follow(self, fault: Fault, prompt_id: str, workflow: Workflow, said: str, met: bool = False) -> None:
-        """A prompt that nothing was done to, but ``met`` the fault perhaps."""
+        """A prompt that nothing was done to, or that ``met`` the fault, which came too late for the one before."""
         what, words = self.answer(prompt_id, workflow)
         kind = KINDS[fault.kind]
         if met and what in kind.may and what == "failed" and re.search(kind.says, words, re.DOTALL):
-            self.figures.answers[what] += 1
             return
         self.figures.later += 1
         if what == "right":

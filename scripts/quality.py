@@ -74,6 +74,7 @@ class Work:
     def start_splits(self) -> None:
         """For all numbers of steps at once: ranks take seconds to start, and hold half a gigabyte each. All models'
         together have about two ranks of each degree on a core."""
+        self._alone(*CONVERGED)  # once for all tables
         for degree, cut in self._cuts.items():
             modes = (EXACT, *SPLITS) if degree == min(self._cuts) else SPLITS
             runs = [Run(replace(mode, degree=degree, cut=cut), n) for n in self._options.steps for mode in modes]
@@ -115,9 +116,10 @@ class Work:
         options, facts = self._options, self.facts
         about = (
             f"{options.samples} samples, {options.sampler}, CFG {facts.cfg:g}, scheduler {facts.scheduler}; "
-            f"converged: {CONVERGED[1]} steps of {CONVERGED[0]}"
+            f"converged: {CONVERGED[1]} steps of {CONVERGED[0]}; cut at {' or '.join(self._cuts.values())}"
         )
-        write(options.out, f"{self.name}-{options.sampler}", facts.title, about, options.command, rows)
+        command = options.command if len(options.models) == 1 else f"{options.command} --models {self.name}"
+        write(options.out, f"{self.name}-{options.sampler}", facts.title, about, command, rows)
         write_summary(options.out)
 
     def _start(self, runs: Sequence[Run], parts: int) -> Batch:
@@ -159,7 +161,7 @@ def measure(options: argparse.Namespace, pool: ProcessPoolExecutor, threads: Thr
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=lambda text: text.split(","), default=["flux", "unet", "wan"])
+    parser.add_argument("--models", type=lambda text: text.split(","), default=["flux", "unet", "wan", "audio"])
     parser.add_argument("--steps", type=numbers, default=[20, 50, 8], help="such as 20,50")
     parser.add_argument("--degrees", type=numbers, default=[2, 4, 8], help="components and lanes")
     parser.add_argument("--samples", type=int, default=64)

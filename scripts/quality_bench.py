@@ -13,12 +13,13 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, wraps
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from quality_report import Row, compared
 from quality_ways import EXACT, ROUNDS, Made, Run, SplitWay
 
 SEED = 100
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,19 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
+def _told(work: Callable[P, R]) -> Callable[P, R]:
+    """Errors as text: the main process knows neither ComfyUI's nor our own."""
+
+    @wraps(work)
+    def done(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return work(*args, **kwargs)
+        except Exception:
+            raise RuntimeError(traceback.format_exc()) from None
+
+    return done
+
+
 @cache
 def bench_of(subject: Subject) -> Bench:
     from leapfrog.parallel_backend.supervisor import close_all
@@ -127,6 +143,7 @@ def bench_of(subject: Subject) -> Bench:
     return bench
 
 
+@_told
 def facts(subject: Subject) -> Facts:
     import folder_paths
 
@@ -136,6 +153,7 @@ def facts(subject: Subject) -> Facts:
     return Facts(ground.title, ground.settings.cfg, ground.settings.scheduler, sensitivities)
 
 
+@_told
 def find_cut(subject: Subject, degree: int) -> str | None:
     """Where the model is best cut into so many components, for the node; None if it cannot be.
 
@@ -154,6 +172,7 @@ def find_cut(subject: Subject, degree: int) -> str | None:
     return ",".join(map(str, accumulate(held[:-1])))
 
 
+@_told
 def make(subject: Subject, runs: Sequence[Run], part: range) -> list[Made]:
     """These of the samples, in each of the runs."""
     from leapfrog.parallel_backend.supervisor import close_all
@@ -166,12 +185,14 @@ def make(subject: Subject, runs: Sequence[Run], part: range) -> list[Made]:
     return made
 
 
+@_told
 def pictures(subject: Subject, latents: np.ndarray) -> np.ndarray:
     """To compare with."""
     ground = bench_of(subject).ground
     return ground.pictures(ground.decode(torch.from_numpy(latents))).numpy()
 
 
+@_told
 def compare(
     subject: Subject, title: str, degree: int | None, steps: int, of: int, speed: float, latents: np.ndarray,
     true: np.ndarray, true_pictures: np.ndarray, converged: np.ndarray,

@@ -17,7 +17,7 @@ ABOUT = """\
 
 Ideal speed, and PSNR in dB to ComfyUI alone with the same seed, sampler and steps, as the mean over the samples. *One
 device in that time*: the better of Euler and DPM++ 2M with as many steps as *ParaStep, balanced* leaves time for.
-`make quality`, and any other run of `python scripts/quality.py`, writes this page from the CSV files beside it.
+`python scripts/quality.py` writes this page from the CSV files beside it; `make quality` a short form of it elsewhere.
 
 Confidence intervals, SSIM, the judge's score, the distance to a nearly converged solution, the other presets and
 predictors, EasyCache, a picture, and the command that repeats it, for each model and sampler:

@@ -1,6 +1,7 @@
 """Where the ranks of tests and campaigns compute: on the CPU, or with TEST_ON_GPUS=1 on the machine's GPUs.
 
-On the CPU, nothing sees a GPU at all. On GPUs, ranks share one where there are too few. Choose before torch is loaded.
+On the CPU, nothing sees a GPU at all. On GPUs, ranks share one where there are too few. Choose before CUDA is asked
+for anything.
 """
 
 from __future__ import annotations
@@ -28,4 +29,6 @@ def devices(ranks: int) -> str:
     import torch
 
     count = torch.cuda.device_count()
+    if not count:
+        raise RuntimeError("TEST_ON_GPUS is 1, but PyTorch sees no GPU")
     return ",".join(str(rank % count) for rank in range(ranks))

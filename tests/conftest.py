@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -66,3 +69,9 @@ def chromium() -> str:
     """Path of the system's Chromium."""
     assert CHROMIUM is not None
     return CHROMIUM
+
+
+@pytest.fixture
+def graph() -> Callable[[str], dict[str, Any]]:
+    """Reads tests/graphs/NAME.json, a fresh copy at every call."""
+    return lambda name: json.loads((HERE / "graphs" / f"{name}.json").read_text())

@@ -258,7 +258,7 @@ def test_cancelled_while_the_weights_load(exact: Run, interrupt: Callable[[], No
     assert the_pool() is pool
 
 
-def test_an_exception_in_a_block_tells_where(monkeypatch: pytest.MonkeyPatch):
+def test_an_exception_in_a_block_tells_where():
     calls: list[int] = []
 
     def spoil(apply_model: Any, call: dict[str, Any]) -> Any:
@@ -295,7 +295,7 @@ def test_memory_that_runs_out_while_loading_is_comfyuis_own_error(exact: Run):
 
 def unload() -> None:
     """What /free and 'Unload models' do."""
-    comfy.model_management.free_memory(1e30, torch.device("cpu"))
+    comfy.model_management.free_memory(1e30, comfy.model_management.get_torch_device())
 
 
 @pytest.mark.parametrize("lanes", [False, True])

@@ -155,6 +155,16 @@ class TestBlame:
         with pytest.raises(LeapfrogError, match="ended while they computed"):
             pool.wait([call], [0], 1.0, no_tick)
 
+    def test_whoever_still_waits_hears_what_the_first_heard(self):
+        pool = made_up(failing := MadeUpRank(0), MadeUpRank(1))
+        calls = [ask(pool, 0, step=1), ask(pool, 1, step=2)]
+        failing.says(Failed(call=1, error=ErrorReport("rank_error", "ValueError: wide", 0)))
+        first = self.blamed(pool, calls[0])
+        for wait in (lambda: pool.wait([calls[1]], [1], 1.0, no_tick), lambda: pool._died(1)):
+            with pytest.raises(LeapfrogError) as caught:
+                raise wait()  # type: ignore[misc]
+            assert caught.value.report == first
+
     def test_a_channel_that_somebody_closed(self):
         pool = made_up(MadeUpRank(0), closed := MadeUpRank(1))
         call = ask(pool, 0, 1)
