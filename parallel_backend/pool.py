@@ -28,7 +28,7 @@ from .guests import RemoteProcess
 from .launcher import RankProcess
 from .protocol import ANSWERS, Failed, FromRank, HostMessage, Payload, RankMessage, Release, Stop
 from .settings import step_timeout_s
-from .tensors import Arena, laid_out
+from .tensors import Arena, laid_out, trim_heap
 
 log = logging.getLogger("leapfrog")
 POLL_S = 0.02
@@ -183,9 +183,12 @@ class Pool:
             self._pump(deadline, tick)
 
     def rest(self) -> None:
-        """Give back the shared memory that no call under way uses; the next call gets new."""
+        """Give back the shared memory that no call under way uses, and what else was freed; the next call gets new."""
         used = {call.arena for call in list(self._calls.values())}
-        self._forget([name for name in self.arenas if name not in used])
+        unused = [name for name in self.arenas if name not in used]
+        self._forget(unused)
+        if unused:
+            trim_heap()
 
     def _forget(self, names: Sequence[str]) -> None:
         if not names:

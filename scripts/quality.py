@@ -7,8 +7,8 @@ and judged, and one device's ways to save the same time stand beside: fewer step
 EasyCache. Nothing is timed. Ideal speed counts, for the split, exact evaluations whole and others as 1/N; for ParaStep,
 rounds, however many evaluations they have; for the cache, evaluations that are not skipped.
 
-    python scripts/quality.py --samples 4     # what `make quality` does
-    python scripts/quality.py --samples 64    # the long form
+    python scripts/quality.py --samples 4 --out build/quality    # what `make quality` does
+    python scripts/quality.py --samples 64                       # the long form
 """
 
 from __future__ import annotations

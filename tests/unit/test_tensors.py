@@ -5,19 +5,31 @@ from __future__ import annotations
 import errno
 import math
 import os
+import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from leapfrog.parallel_backend import LeapfrogError
-from leapfrog.parallel_backend.tensors import ALIGN, DTYPES, Arena, TensorHead, flatten, place, slice_rows, unflatten
+from leapfrog.parallel_backend.tensors import (
+    ALIGN,
+    DTYPES,
+    Arena,
+    TensorHead,
+    flatten,
+    place,
+    slice_rows,
+    trim_heap,
+    unflatten,
+)
 
 SCALARS = (
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False) | st.text(max_size=8)
@@ -240,3 +252,14 @@ def test_a_segment_that_is_gone_is_closed_like_any_other():
     Path("/dev/shm", arena.name).unlink()
     arena.close()
     assert not Path("/dev/shm", arena.name).exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_freed_memory_goes_back_to_the_system():
+    blocks = [torch.ones(16_000) for _ in range(4000)]  # small enough to come from the heap, not from a mapping
+    kept = blocks[::40]  # which keep what is freed between them from going back by itself
+    del blocks
+    before = psutil.Process().memory_info().rss
+    trim_heap()
+    assert psutil.Process().memory_info().rss < before - 100_000_000
+    assert len(kept) == 100
