@@ -38,11 +38,17 @@ SECONDS_SOLO = 12.0
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 
+def keep_memory() -> None:
+    """Start this program anew with KEEP_MEMORY, unless it has it: the C library reads it at start."""
+    if not KEEP_MEMORY.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+
+
 def devices(ranks: int = RANKS) -> tuple[str, ...]:
     """The ranks' devices: GPUs where there are so many, else the CPU."""
     import torch
 
-    many = torch.cuda.device_count() >= ranks  # is_available() would make CUDA forget to look at the environment again
+    many = torch.cuda.device_count() >= ranks  # does not start CUDA: it can still be hidden
     return tuple(f"cuda:{i}" for i in range(ranks)) if many else (CPU,) * ranks
 
 
@@ -228,8 +234,7 @@ def main() -> None:
     parser.add_argument("--scaling", action="store_true", help="one thing changed at a time, instead")
     parser.add_argument("--solo", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    keep_memory()
     if not options.solo and devices(1 if options.batch else options.ranks)[0] == CPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     add_comfyui()

@@ -8,13 +8,11 @@ layers' times, and nothing waits for a measurement.
 from __future__ import annotations
 
 import gc
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from full_size import MODELS, TOKENS, empty
@@ -179,6 +177,8 @@ def layer_by_layer(name: str, side: int, repeat: int, threads: int) -> dict[str,
     """Profile of a U-Net on this CPU."""
     import torch
 
+    from leapfrog.parallel_backend.doctor.machine import cpu_name
+
     torch.set_num_threads(threads)
     rows = SUBJECTS[name].rows
     denoiser = build(name)
@@ -190,21 +190,12 @@ def layer_by_layer(name: str, side: int, repeat: int, threads: int) -> dict[str,
         denoiser(**call(name, rows, side, CPU, torch.float32))
     threads_used = "one thread (its CPU time)" if threads == 1 else f"{threads} threads"
     source = (
-        f"{_cpu()}, {threads_used}, float32, torch {torch.__version__}, best of {repeat}, "
+        f"{cpu_name()}, {threads_used}, float32, torch {torch.__version__}, best of {repeat}, "
         f"{rows} rows of {side}x{side}, random weights"
     )
     stem = sum(watch.seconds.get(path, 0.0) for path in ("time_embed", "label_emb"))
     facts = {"model": name, "source": source, "rows": rows, "side": side}
     return written(denoiser, watch.seconds, watch.outputs, stem, watch.seconds["out"], **facts)
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------------------------------------------- whole forwards
@@ -296,6 +287,8 @@ def in_forwards(name: str, side: int, repeat: int, device: str = CUDA) -> dict[s
     """Profile of a denoiser on a GPU; None, with a word on why, where it has no room."""
     import torch
 
+    from leapfrog.parallel_backend.doctor.machine import cpu_name
+
     gpu = device.startswith(CUDA)
     rows, dtype = SUBJECTS[name].rows, getattr(torch, SUBJECTS[name].dtype)
     denoiser = build(name)
@@ -319,7 +312,7 @@ def in_forwards(name: str, side: int, repeat: int, device: str = CUDA) -> dict[s
         whole = forwards.whole(given, repeat)
         (stem, *each, head), outputs = forwards.parts(given, layers, repeat)
         alone = forwards.whole(call(name, 1, side, device, dtype), repeat) if rows > 1 else None
-    where = torch.cuda.get_device_name(device) if gpu else _cpu()
+    where = torch.cuda.get_device_name(device) if gpu else cpu_name()
     source = (
         f"{where}, {str(dtype)[6:]}, torch {torch.__version__}, medians of {repeat} whole forwards, "
         f"{rows} {'rows' if rows > 1 else 'row'} of {side}x{side}, random weights"

@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench import KEEP_MEMORY
+from bench import keep_memory
 from pack import BUILD, add_comfyui, has_gpu, load_pack
 from profile_units import CPU, CUDA, SUBJECTS, in_forwards, layer_by_layer
 
@@ -297,8 +296,7 @@ def main() -> None:
     if options.profile:
         if unknown := set(options.what) - set(SUBJECTS):
             parser.error(f"no such model: {', '.join(sorted(unknown))}")
-        if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start
-            os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+        keep_memory()
         device = options.device or (CUDA if has_gpu() else CPU)
         if device == CUDA and not has_gpu():
             parser.error("PyTorch sees no GPU")
@@ -323,6 +321,7 @@ def main() -> None:
 def measure(options: argparse.Namespace, device: str) -> None:
     """Write a profile of each model at each size."""
     add_comfyui("--use-pytorch-cross-attention")
+    load_pack()
     FOLDER.mkdir(parents=True, exist_ok=True)
     repeat = options.repeat or REPEAT[device]
     for name in options.what:

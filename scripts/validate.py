@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from bench import CFG, KEEP_MEMORY, RANKS, TITLES, devices
+from bench import CFG, RANKS, TITLES, devices, keep_memory
 from full_size import conditioning, load, sample
 from pack import ROOT, add_comfyui, load_pack
 
@@ -121,8 +121,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only rows whose names contain this")
     parser.add_argument("--quick", action="store_true", help="a small U-Net")
     options = parser.parse_args()
-    if not KEEP_MEMORY.items() <= os.environ.items():  # read by the C library at start
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_MEMORY})
+    keep_memory()
     if devices()[0] == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     add_comfyui()

@@ -67,7 +67,7 @@ def devices(sheet: Sheet) -> None:
     cores = this_machine().cores
     total = os.cpu_count() or cores
     of = f" of {total}" if total != cores else ""
-    sheet.row("CPU", f"{_cpu_name()}, {cores}{of} core{'s' if cores > 1 else ''} for this process{_memory()}")
+    sheet.row("CPU", f"{cpu_name()}, {cores}{of} core{'s' if cores > 1 else ''} for this process{_memory()}")
     _shared_memory(sheet)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     for i in range(count):
@@ -129,7 +129,8 @@ def _system() -> str:
     return f"{name}, {release}{inside}" if name else release
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor, as the system calls it."""
     names: Sequence[str] = re.findall(r"^model name\s*: (.+)$", _text(Path("/proc/cpuinfo")), re.MULTILINE)
     return names[0].strip() if names else platform.processor() or platform.machine()
 
