@@ -6,10 +6,14 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from queue import SimpleQueue
 from typing import Any
 
 import torch
 
+IDLE = "leapfrog idle"
+"""The name of a thread that waits for another coroutine."""
 _current: contextvars.ContextVar[Coroutine | None] = contextvars.ContextVar("leapfrog_coroutine", default=None)
 
 
@@ -36,9 +40,8 @@ class Coroutine:
         self._back = threading.Lock()
         self._turn.acquire()
         self._back.acquire()
-        context = contextvars.copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._run, _TorchState()), name=name, daemon=True)
-        self._thread.start()
+        self._thread = _idle_thread()
+        self._thread.begin(partial(contextvars.copy_context().run, self._run, _TorchState()), name)
         self.resume()
 
     def resume(self) -> None:
@@ -63,18 +66,16 @@ class Coroutine:
             raise Dropped
 
     def result(self) -> Any:
-        """What ``work`` returned; raises what it raised."""
-        self._thread.join()
+        """What ``work`` returned; raises what it raised. It has to have ended."""
         if self._error is not None:
             raise self._error
         return self._result
 
     def drop(self) -> None:
-        """End the thread; whatever it still does is thrown away."""
+        """End it; whatever it still does is thrown away."""
         self._dropped = True
         while not self.ended:
             self.resume()
-        self._thread.join()
 
     def _run(self, state: _TorchState) -> None:
         self._turn.acquire()
@@ -86,7 +87,41 @@ class Coroutine:
             self._error = error
         finally:
             self.ended = True
+            self._thread.rest()
             self._back.release()
+
+
+class _Thread:
+    """Does one job after another. A new thread for each would start torch's own threads anew, and the C library would
+    keep freed memory for more and more of them."""
+
+    def __init__(self) -> None:
+        self._jobs: SimpleQueue[Callable[[], Any]] = SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, name=IDLE, daemon=True)
+        self._thread.start()
+
+    def begin(self, job: Callable[[], Any], name: str) -> None:
+        """``job`` calls rest() as its last act."""
+        self._thread.name = name
+        self._jobs.put(job)
+
+    def rest(self) -> None:
+        self._thread.name = IDLE
+        _idle.append(self)
+
+    def _serve(self) -> None:
+        while True:
+            self._jobs.get()()
+
+
+_idle: list[_Thread] = []
+
+
+def _idle_thread() -> _Thread:
+    try:
+        return _idle.pop()
+    except IndexError:
+        return _Thread()
 
 
 class _TorchState:

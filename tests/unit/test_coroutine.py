@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,3 +81,21 @@ def test_waves_that_have_started_do_not_outlive_one_that_cannot():
         sampler.start(SimpleNamespace(), evaluate, ["first", "second", "cancelled"], 0)  # type: ignore[list-item]
     assert ended == ["first", "second"]
     assert not sampler._waves
+
+
+def test_one_after_another_shares_a_thread():
+    def thread() -> int:
+        pause(None)
+        return threading.get_ident()
+
+    def run() -> int:
+        made = Coroutine(thread, "test")
+        made.resume()
+        return made.result()
+
+    assert len({run() for _ in range(5)}) == 1
+    both = [Coroutine(thread, "test") for _ in range(2)]
+    assert [one.name for one in threading.enumerate()].count("test") == 2
+    for one in both:
+        one.resume()
+    assert both[0].result() != both[1].result()

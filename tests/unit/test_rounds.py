@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leapfrog.nodes.ahead import Asking, evaluated
+from leapfrog.nodes.coroutine import IDLE
 from leapfrog.nodes.scout import NoiseState, Outputs, Question, Scout
 from leapfrog.nodes.shared_noise import with_shared_noise
 from leapfrog.parallel_backend import Rounds
@@ -276,9 +277,14 @@ def test_no_round_crosses_a_change_of_conditioning():
     assert max(ours.lengths) > 1
 
 
-def test_no_thread_outlives_a_run():
-    before = threading.active_count()
+def test_all_threads_of_a_run_wait_for_the_next_one():
+    def threads(idle: bool) -> int:
+        return sum((thread.name == IDLE) == idle for thread in threading.enumerate())
+
     Run("dpmpp_2m", lanes=4)
+    waiting, others = threads(idle=True), threads(idle=False)
     with pytest.raises(ZeroDivisionError):
         Run("dpmpp_2m", lanes=4, section=lambda level: 1 / (level > 1))
-    assert threading.active_count() == before
+    Run("dpmpp_2m", lanes=4)
+    assert waiting
+    assert (threads(idle=True), threads(idle=False)) == (waiting, others)
