@@ -11,8 +11,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.samplers
 import torch
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..parallel_backend import LeapfrogError, Rounds
 from .boundaries import conditioning_at, rewind
@@ -31,9 +34,15 @@ REFUSED = {
 
 
 class Wave(Coroutine):
-    """A guided evaluation under way, of so many ``lanes``; ``predicted``: where the sampler has not been."""
+    """A guided evaluation under way, of so many ``lanes``; it pauses where it has asked ``denoiser``.
 
-    def __init__(self, guider: Any, work: Callable[[], Outputs], predicted: bool = False, lanes: int = 1):
+    ``predicted``: where the sampler has not been.
+    """
+
+    def __init__(
+        self, denoiser: Any, guider: Any, work: Callable[[], Outputs], predicted: bool = False, lanes: int = 1
+    ):
+        self.denoiser = denoiser
         self.predicted = predicted
         self.lanes = lanes
         self._guider = guider
@@ -62,8 +71,27 @@ def lanes_in_call() -> int:
     return wave.lanes if isinstance(wave, Wave) else 1
 
 
+def pause_for(denoiser: Any, pending: Any) -> None:
+    """In a wave of this denoiser, wait for one's turn again; elsewhere, nothing: of a guider's second model it is
+    another denoiser."""
+    wave = current()
+    if isinstance(wave, Wave) and wave.denoiser is denoiser:
+        wave.pause(pending)
+
+
 def sampler_name(sampler: Any) -> str:
     return getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
+
+
+def uncompiled(model_options: dict[str, Any]) -> dict[str, Any]:
+    """A copy without TorchCompileModel's wrapper, which puts its own denoiser into the model for the time of a call.
+
+    Of calls at the same time the last to end would leave it there for good; and the ranks compute uncompiled.
+    """
+    copied = comfy.model_patcher.create_model_options_clone(model_options)
+    wrappers = copied.get("transformer_options", {}).get("wrappers", {})
+    wrappers.get(comfy.patcher_extension.WrappersMP.APPLY_MODEL, {}).pop(COMPILE_KEY, None)
+    return copied
 
 
 def check_sampler(sampler: Any) -> None:
@@ -107,7 +135,7 @@ class AheadSampler(comfy.samplers.KSAMPLER):
     @torch.no_grad()
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         """k-diffusion's sampler signature: ``model`` is KSamplerX0Inpaint around the guider, ``x`` ``[batch, ...]``."""
-        extra_args = extra_args or {}
+        extra_args = {**(extra_args or {}), "model_options": uncompiled((extra_args or {}).get("model_options", {}))}
         options = with_shared_noise(self.base.sampler_function, x, sigmas, extra_args.get("seed"), options)
         run = partial(self._run, model, x, extra_args, options)
 

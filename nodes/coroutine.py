@@ -6,7 +6,6 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -31,7 +30,7 @@ class Coroutine:
         self.pending: Any = None
         self.pauses = 0
         self.ended = False
-        self._work = work
+        self._work: Callable[[], Any] | None = work
         self._result: Any = None
         self._error: BaseException | None = None
         self._dropped = False
@@ -40,8 +39,9 @@ class Coroutine:
         self._back = threading.Lock()
         self._turn.acquire()
         self._back.acquire()
+        context, state = contextvars.copy_context(), _TorchState()
         self._thread = _idle_thread()
-        self._thread.begin(partial(contextvars.copy_context().run, self._run, _TorchState()), name)
+        self._thread.begin(lambda: context.run(self._run, state), name)
         self.resume()
 
     def resume(self) -> None:
@@ -76,16 +76,20 @@ class Coroutine:
         self._dropped = True
         while not self.ended:
             self.resume()
+        # what was unwound, with all its tensors, hangs on the error, which hangs on this
+        self._error = self._result = None
 
     def _run(self, state: _TorchState) -> None:
         self._turn.acquire()
         _current.set(self)
         try:
             with state.entered():
+                assert self._work
                 self._result = self._work()
         except BaseException as error:
             self._error = error
         finally:
+            self._work = None  # it may know this
             self.ended = True
             self._thread.rest()
             self._back.release()

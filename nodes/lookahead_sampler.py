@@ -70,16 +70,15 @@ class PipelineWave(Wave):
         self, denoiser: SplitDenoiser, waves: list[PipelineWave], guider: Any, work: Callable[[], Outputs],
         predicted: bool,
     ):  # fmt: skip
-        self._denoiser = denoiser
         self._waves = waves
-        super().__init__(guider, work, predicted)
+        super().__init__(denoiser, guider, work, predicted)
 
     def finish(self) -> Outputs:
         """Wait for what it gives; whoever has something to do meanwhile does it."""
         tick = comfy.model_management.throw_exception_if_processing_interrupted
         while not self.ended:
             paused = {id(wave.pending): wave for wave in self._waves if wave.pending is not None}
-            ready = self._denoiser.wait([wave.pending for wave in paused.values()], tick)
+            ready = self.denoiser.wait([wave.pending for wave in paused.values()], tick)
             paused[id(ready)].resume()
         self._waves.remove(self)
         return self.result()

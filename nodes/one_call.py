@@ -14,6 +14,7 @@ from typing import Any
 import comfy.conds
 import comfy.samplers
 import torch
+from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS
 
 from .coroutine import Coroutine
 from .remote_forward import of_one_sigma
@@ -23,7 +24,8 @@ from .scout import Outputs, Question
 OWN_CALL = ("control", "hooks", "area", "mask", "gligen", "default")
 # Model options that are ComfyUI's own bookkeeping.
 ATTACHED = ("wrappers", "callbacks")
-HARMLESS = ("transformer_options", "to_load_options", "sample_sigmas", *ATTACHED)
+HARMLESS = ("transformer_options", "to_load_options", "sample_sigmas", TORCH_COMPILE_KWARGS, *ATTACHED)
+OURS = ("leapfrog", COMPILE_KEY)  # of TorchCompileModel's wrapper evaluations are rid (ahead.py)
 GUIDANCE = ("__call__", "outer_predict_noise", "predict_noise")
 OF_ROWS = (comfy.conds.CONDRegular, comfy.conds.CONDNoiseShape, comfy.conds.CONDCrossAttn)
 
@@ -58,7 +60,7 @@ def _is_plain(model_options: dict[str, Any]) -> bool:
     inside = model_options.get("transformer_options", {})
     attached = [by_key for kind in ATTACHED for by_key in inside.get(kind, {}).values()]
     others = [value for options in (model_options, inside) for key, value in options.items() if key not in HARMLESS]
-    return all(key == "leapfrog" for by_key in attached for key, them in by_key.items() if them) and not any(
+    return all(key in OURS for by_key in attached for key, them in by_key.items() if them) and not any(
         isinstance(value, torch.Tensor) or value for value in others
     )
 

@@ -32,6 +32,11 @@ class RanksPatcher(comfy.model_patcher.ModelPatcher):
         here = str(self.load_device) if self.load_device.index is not None else f"{self.load_device}:0"
         return [rank for rank, device in enumerate(self.denoiser.devices) if device == here]
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the host has a GPU, and no rank on it: then ranks have no room to give there."""
+        return self.load_device.type != "cpu" and not self.ranks_here
+
     def is_dynamic(self) -> bool:
         return False
 
@@ -49,7 +54,8 @@ class RanksPatcher(comfy.model_patcher.ModelPatcher):
 
     def partially_unload(self, device_to: Any, memory_to_free: int = 0, force_patch_weights: bool = False) -> int:
         freed = self.loaded_size()
-        self.denoiser.unload(self.ranks_here)
+        if not self.elsewhere:
+            self.denoiser.unload(self.ranks_here)
         return freed
 
     def detach(self, unpatch_all: bool = True) -> Any:
@@ -59,7 +65,8 @@ class RanksPatcher(comfy.model_patcher.ModelPatcher):
         """
         result = super().detach(unpatch_all)
         if unpatch_all and (get_executing_context() or comfy.model_management.DISABLE_SMART_MEMORY):
-            self.denoiser.release(self.ranks_here)
+            if not self.elsewhere:
+                self.denoiser.release(self.ranks_here)
         elif unpatch_all:
             self.denoiser.close()
         return result

@@ -14,8 +14,7 @@ import comfy.patcher_extension
 import torch
 
 from ..parallel_backend import LanesDenoiser, LeapfrogError, SplitDenoiser
-from .ahead import ahead, lanes_in_call
-from .coroutine import pause
+from .ahead import ahead, lanes_in_call, pause_for
 from .inside_patches import ENTRIES, describe
 from .recipe import patches_of
 
@@ -87,7 +86,7 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
             times=_times(patcher, options) if stale else (1.0, 1.0), ahead=ahead(),
         )  # fmt: skip
     try:
-        pause(pending)
+        pause_for(denoiser, pending)
     except BaseException:
         denoiser.drop(pending)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import comfy.patcher_extension
 import comfy.samplers
 import folder_paths
 import torch
+from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
 from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError, Recipe
 from .ahead import AheadSampler, Wave, check_sampler, sampler_name
@@ -24,6 +26,8 @@ from .ranks_memory import LanesMemory, takes_no_memory
 from .recipe import comfy_host, patches_of, recipe_of, weight_bytes
 from .scout import Outputs, Question
 from .standin import StandInPatcher, remote_twin
+
+log = logging.getLogger("leapfrog")
 
 
 def in_rounds(plan: LanesPlan, base: Any, tell: Callable[[str], None] = lambda text: None) -> Any:
@@ -58,6 +62,8 @@ class RoundsSampler(AheadSampler):
         args = extra_args or {}
         base = guider.inner_model
         twin = remote_twin(base, copy.copy(base.diffusion_model), denoiser)
+        if TORCH_COMPILE_KWARGS in args.get("model_options", {}):
+            log.warning("Leapfrog: TorchCompileModel has no effect with ParaStep; the ranks compute uncompiled.")
         through = _through(args.get("model_options", {}), twin, guider)
         denoiser.begin_run()
         self._notes.clear()
@@ -106,7 +112,8 @@ class RoundsSampler(AheadSampler):
 
     def _denoiser_for(self, guider: Any) -> LanesDenoiser:
         patcher = guider.model_patcher
-        if isinstance(patcher, StandInPatcher):
+        second = getattr(guider, "uncond_model_patcher", None)
+        if isinstance(patcher, StandInPatcher) or isinstance(second, StandInPatcher):
             raise LeapfrogError.of(
                 "unsupported_patch",
                 "ParaStep does not take a MODEL from Async UNet Split, whose mode lookahead has all devices at work on "
@@ -120,7 +127,7 @@ class RoundsSampler(AheadSampler):
         self._memory = memory = self.memory_for(patcher, recipe)
         memory.denoiser.check_patches(patches_of(patcher))
         also = [getattr(guider, name, None) or () for name in ("loaded_models", "uncond_loaded")]
-        memory.announce(patcher, [*also[0], *also[1], getattr(guider, "uncond_model_patcher", None)])
+        memory.announce(patcher, [*also[0], *also[1], second])
         return memory.denoiser
 
     def memory_for(self, patcher: comfy.model_patcher.ModelPatcher, recipe: Recipe) -> LanesMemory:
@@ -154,9 +161,8 @@ class LaneWave(Wave):
     def __init__(
         self, denoiser: LanesDenoiser, group: list[LaneWave], guider: Any, work: Callable[[], Outputs], lanes: int
     ):
-        self._denoiser = denoiser
         self._group = group
-        super().__init__(guider, work, lanes=lanes)
+        super().__init__(denoiser, guider, work, lanes=lanes)
 
     def finish(self) -> Outputs:
         """Wait for what it gives."""
@@ -168,7 +174,7 @@ class LaneWave(Wave):
         return self.result()
 
     def _go_on(self) -> None:
-        self._denoiser.wait(self.pending, comfy.model_management.throw_exception_if_processing_interrupted)
+        self.denoiser.wait(self.pending, comfy.model_management.throw_exception_if_processing_interrupted)
         self.resume()
 
 

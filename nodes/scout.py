@@ -59,6 +59,7 @@ class Scout:
     def drop(self) -> None:
         """End it."""
         self._coroutine.drop()
+        self._answers.clear()
 
     def _look(self) -> None:
         self.question = self._coroutine.pending

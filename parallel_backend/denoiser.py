@@ -45,6 +45,7 @@ class RemoteDenoiser:
         self.nbytes = nbytes or recipe.stamp[0]
         self.report: RunReport | None = None
         self._pool: Pool | None = None
+        self._leaving = False
         self._slowest: dict[tuple[int, ...], float] = {}
         self._first: dict[tuple[int, ...], float] = {}
         self._free_since: dict[int, float] = {}
@@ -75,6 +76,7 @@ class RemoteDenoiser:
             if path:
                 log.info("Leapfrog: trace written to %s", path)
         self.report = None
+        self._leave()
 
     def note(self, text: str) -> None:
         """A line for the run's report."""
@@ -113,9 +115,15 @@ class RemoteDenoiser:
     def release(self, ranks: Sequence[int] = ()) -> None:
         """As :meth:`unload`; the ranks end if nobody comes back for them (``supervisor.UNUSED_S``)."""
         self.unload(ranks)
-        if self._pool:
+        self._leaving = True
+        if not self.report:  # calls of a run under way still come back from there
+            self._leave()
+
+    def _leave(self) -> None:
+        if self._leaving and self._pool:
             self._pool.users.discard(self)
-        self._pool = None
+            self._pool = None
+        self._leaving = False
 
     def loaded_bytes(self, rank: int) -> int:
         """Bytes of this denoiser's weights that a rank holds now."""
@@ -177,6 +185,7 @@ class RemoteDenoiser:
 
     def _ready_pool(self, tick: Tick) -> Pool:
         pool = acquire(self.devices, self.host, tick, self)
+        self._leaving = False
         if pool is not self._pool:
             self._pool = pool
             self._slowest.clear()

@@ -41,7 +41,7 @@ def _seconds(name: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = math.nan
-    if seconds >= 0:
+    if 0 <= seconds < math.inf:
         return seconds
     log.warning("Leapfrog: %s=%s is no number of seconds; %g is used", name, text, default)
     return default

@@ -165,11 +165,13 @@ class Arena:
     @classmethod
     def create(cls, size: int) -> Arena:
         """A new segment. Raises LeapfrogError no_shared_memory where less than that is left to have."""
-        made = cls(shared_memory.SharedMemory(create=True, size=max(size, ALIGN)), owner=True)
+        made = None
         try:
+            made = cls(shared_memory.SharedMemory(create=True, size=max(size, ALIGN)), owner=True)
             _claim(made._memory)
         except OSError:
-            made.close()
+            if made:
+                made.close()
             raise LeapfrogError.of("no_shared_memory", f"{size / 1e6:.0f} MB of shared memory cannot be had.") from None
         return made
 

@@ -141,7 +141,9 @@ class Campaign:
         began = time.monotonic()
         if not behind or said.startswith("hang"):  # the queue went with the server that hung
             behind = [(self.queue(one), one) for one in followers]
-        too_late = bool(victim) and queued and (self.when(victim, "execution_success") or math.inf) < struck
+        over = (self.when(victim, "execution_success") or math.inf) < struck if victim else False
+        # a rank that was killed behind its last step is first missed by the next prompt
+        too_late = queued and (over or (said.startswith("right") and fault.kind in KILLS))
         for at, (prompt_id, workflow) in enumerate(behind):
             self._follow(fault, prompt_id, workflow, said, met=too_late and at == 0)
             if at == 0:

@@ -19,10 +19,10 @@ TABLE = ROOT / "docs" / "families.md"
 COMMAND = "make families"
 HEAD = """# Families
 
-Async UNet Split on these families of ComfyUI 0.30.0, against ComfyUI alone. *Exact* is the relative distance of the final latent in
-exact mode, for 2, 3 and 4 components; *run* says which asynchronous modes were run besides. Transformers are small
-denoisers with seeded random weights, built from ComfyUI's own classes and read by its own loaders; U-Nets have full
-size. All in float32 on a CPU.
+Async UNet Split on these families of ComfyUI 0.30.0, against ComfyUI alone. *Exact* is the relative distance of the
+final latent in exact mode, for 2, 3 and 4 components; *run* says which asynchronous modes were run besides.
+Transformers are small denoisers with seeded random weights, built from ComfyUI's own classes and read by its own
+loaders; U-Nets have full size. All in float32 on a CPU.
 
 """
 

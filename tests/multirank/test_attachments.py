@@ -327,7 +327,9 @@ def test_a_compiled_model_is_computed_by_the_ranks_and_nothing_is_traced_here(be
     model = load("flux") if not behind else split(load("flux"), mode=mode)
     model = TorchCompileModel.execute(model, "inductor").args[0]
     model = model if behind else split(model, mode=mode)
+    denoiser = model.model.diffusion_model
     assert distance(sample(model), plain("flux")) < CLOSE_TO_COMFYUI[mode]
+    assert model.model.diffusion_model is denoiser
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
 

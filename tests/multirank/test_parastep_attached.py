@@ -34,13 +34,16 @@ from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
 from comfy_extras.nodes_perpneg import PerpNegGuider
 from comfy_extras.nodes_slg import SkipLayerGuidanceDiT, SkipLayerGuidanceDiTSimple
 from comfy_extras.nodes_tomesd import TomePatchModel
+from comfy_extras.nodes_torch_compile import TorchCompileModel
 
 import tiny_attachments
 import tiny_models
 import trained
 from generation import Conditioning, Request, distance, generate, noise, prompt
-from leapfrog.nodes import ahead
-from ranks import EXACT, load, parastep, reference, the_pool, with_lora
+from leapfrog.nodes import ahead, rounds_sampler
+from leapfrog.parallel_backend import LeapfrogError
+from leapfrog.parallel_backend.pool import State
+from ranks import EXACT, load, parastep, reference, split, the_pool, with_lora
 
 stock: Any = import_module("nodes")  # ComfyUI's, which a type checker takes for ours
 context_windows: Any = ContextWindowsManualNode.execute
@@ -240,6 +243,52 @@ GUIDERS: dict[str, Guided] = {
 @pytest.mark.parametrize("name", GUIDERS)
 def test_another_guider(name: str, monkeypatch: pytest.MonkeyPatch):
     check(lambda: GUIDERS[name](load("flux")), plain("flux"), monkeypatch, near=0.75)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_split_model_of_a_guider_is_refused(first: bool):
+    models = [load("flux"), split(another_model())]
+    one, other = models[::-1] if first else models
+    guider = DualModelGuider.execute(one, prompt(1), 3.0, other, prompt(100)).args[0]
+    with pytest.raises(LeapfrogError, match="does not take a MODEL from Async UNet Split"):
+        sample(guider, parastep(2))
+
+
+def test_two_split_models_of_a_guider():
+    def guider(*models: Any) -> Any:
+        return DualModelGuider.execute(models[0], prompt(1), 3.0, models[1], prompt(100)).args[0]
+
+    theirs = sample(guider(load("flux"), another_model()))
+    mode = {"mode": "lookahead", "warmup": 1}
+    assert distance(sample(guider(split(load("flux"), **mode), split(another_model(), **mode))), theirs) < 0.05
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_compiled_model_is_left_as_it_was(together: bool, monkeypatch: pytest.MonkeyPatch):
+    if not together:
+        monkeypatch.setattr(rounds_sampler, "can_be_one", lambda *_: False)
+    torch._dynamo.utils.counters.clear()
+    model = load("flux")
+    denoiser, expected = model.model.diffusion_model, sample(cfg_guider(model), parastep(4))
+    compiled = TorchCompileModel.execute(model, "inductor").args[0]
+    assert distance(sample(cfg_guider(compiled), parastep(4)), expected) < EXACT
+    assert compiled.model.diffusion_model is denoiser
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+
+
+@pytest.mark.parametrize("at", [2, 5])
+def test_memory_taken_away_in_the_middle_of_a_run(at: int, monkeypatch: pytest.MonkeyPatch):
+    """While lanes of a round are under way, each in a call of its own."""
+    monkeypatch.setattr(rounds_sampler, "can_be_one", lambda *_: False)
+    sampler = parastep(4)
+    expected = generate(load("flux"), Request(steps=8), sampler)
+
+    def free(step: int, *_: Any) -> None:
+        if step == at:
+            sampler._memory.denoiser.release()
+
+    assert torch.equal(generate(load("flux"), Request(steps=8), sampler, on_step=free), expected)
+    assert the_pool().state is State.READY  # no call is left
 
 
 PICTURE = noise((1, 16, 8, 8), 11)

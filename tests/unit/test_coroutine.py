@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
 import comfy.samplers
 import pytest
+import torch
 
 from leapfrog.nodes.coroutine import Coroutine, pause
 from leapfrog.nodes.lookahead_sampler import LookaheadSampler
+from leapfrog.nodes.scout import NoiseState, Question, Scout
 
 
 class Cancel(BaseException):
@@ -63,6 +67,28 @@ def test_what_is_dropped_ends_in_silence():
 
     Coroutine(work, "test").drop()
     assert ended == [True]
+
+
+def test_what_is_dropped_keeps_nothing_alive():
+    tensors = []
+
+    def sampler(ask: Any) -> Any:
+        latent = torch.zeros(3)
+        tensors.append(weakref.ref(latent))
+        while True:
+            (output,) = ask(Question(latent, torch.ones(1), {}))
+            latent = latent + output
+            tensors.append(weakref.ref(output))
+
+    gc.disable()
+    try:
+        scout = Scout(sampler, NoiseState(), [])
+        scout.answer((torch.ones(3),))
+        scout.drop()
+        del scout
+        assert [one() for one in tensors] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_waves_that_have_started_do_not_outlive_one_that_cannot():

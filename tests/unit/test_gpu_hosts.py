@@ -163,6 +163,20 @@ def test_disabling_smart_memory_does_not_end_the_ranks(model: Any, monkeypatch: 
     assert done == ["close", "release"]
 
 
+def test_a_host_without_a_rank_on_its_own_gpu_leaves_the_others_alone(model: Any, monkeypatch: pytest.MonkeyPatch):
+    made, done = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0], list[str]()
+    for name in ("unload", "release", "close"):
+        monkeypatch.setattr(made.denoiser, name, lambda *_, name=name: done.append(name))
+    monkeypatch.setattr(comfy.model_management, "DISABLE_SMART_MEMORY", True)
+    made.load_device = torch.device("cuda", 2)
+    assert made.partially_unload(made.offload_device) == 0
+    made.detach()
+    assert not done
+    monkeypatch.setattr(comfy.model_management, "DISABLE_SMART_MEMORY", False)
+    made.detach()
+    assert done == ["close"]
+
+
 def test_weights_count_as_ranks_have_them(model: Any):
     layer = torch.nn.Linear(4, 2)
     assert weight_bytes(layer) == 40

@@ -374,10 +374,13 @@ class TestSupervisor:
         self.sweep()
         assert pool.state is State.STOPPED
 
-    def test_no_number_of_seconds_is_an_hour(self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
-        monkeypatch.setenv("LEAPFROG_IDLE_S", "soon")
+    @pytest.mark.parametrize("text", ["soon", "-1", "nan", "inf"])
+    def test_no_number_of_seconds_is_an_hour(
+        self, text: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ):
+        monkeypatch.setenv("LEAPFROG_IDLE_S", text)
         assert supervisor.idle_s() == 3600
-        assert "LEAPFROG_IDLE_S=soon is no number of seconds" in caplog.text
+        assert f"LEAPFROG_IDLE_S={text} is no number of seconds" in caplog.text
 
     def test_a_start_that_fails_leaves_the_place_free(self, monkeypatch: pytest.MonkeyPatch):
         good = supervisor.start_ranks

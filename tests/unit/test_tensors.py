@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,16 @@ def test_a_full_dev_shm_is_an_error_and_no_bus_error(monkeypatch: pytest.MonkeyP
         Arena.create(1 << 20)
     assert caught.value.report.code == "no_shared_memory"
     assert [segment.exists() for segment in segments] == [False, False]
+
+
+def test_a_segment_that_cannot_be_made_is_an_error_with_a_hint(monkeypatch: pytest.MonkeyPatch):
+    def refused(**_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "/psm_1")
+
+    monkeypatch.setattr(shared_memory, "SharedMemory", refused)
+    with pytest.raises(LeapfrogError) as caught:
+        Arena.create(64)
+    assert caught.value.report.code == "no_shared_memory"
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs shared memory that is a file")
