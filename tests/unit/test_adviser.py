@@ -102,7 +102,7 @@ def test_faithful_is_closer_and_not_faster_than_fastest():
     assert fastest.speed >= balanced.speed >= faithful.speed >= 1.2
     assert faithful.suits("faithful")
     assert isinstance(faithful.plan, LanesPlan)
-    assert (faithful.plan.lanes, faithful.closeness) == (4, "about 65 dB or more")
+    assert (faithful.plan.lanes, faithful.closeness) == (2, "about 70 dB or more")
 
 
 def test_the_least_memory_is_the_deepest_cut():
@@ -154,24 +154,25 @@ def test_rejected_steps_are_paid_for_as_measured():
         if isinstance(one.plan, LanesPlan) and one.plan.lanes == 8 and one.fidelity == "balanced"
         and len(one.plan.devices) == 8
     )  # fmt: skip
-    assert eight.speed == pytest.approx(1.82, rel=0.01)
+    assert eight.speed == pytest.approx(1.6, rel=0.01)
 
 
 def test_what_is_expected_is_what_was_measured_at_worst():
     titles = {"lookahead": "lookahead", "extrapolated": "AsyncDiff, states extrapolated",
               "asyncdiff": "AsyncDiff as published", "faithful": "ParaStep, faithful",
               "balanced": "ParaStep, balanced", "fast": "ParaStep, fast"}  # fmt: skip
-    rows = [row for name in ("flux", "unet", "wan") for row in read(ROOT / f"docs/quality/{name}-euler.csv")]
+    runs = [f"{model}-{sampler}.csv" for model in ("flux", "unet", "wan") for sampler in ("euler", "dpmpp_2m")]
+    rows = [row for name in runs for row in read(ROOT / "docs/quality" / name)]
     for (kind, degree), by_steps in fidelity.TABLE.items():
         for steps, known in by_steps.items():
             found = [row for row in rows if (row.mode, row.degree, row.of) == (titles[kind], degree, steps)]
-            assert len(found) == 3
+            assert len(found) == len(runs)
             assert known.decibels == pytest.approx(min(row.psnr for row in found), abs=0.051)
             assert known.pace == pytest.approx(min(row.speed for row in found), abs=0.0051)
 
 
 def test_where_nothing_was_rejected_a_run_takes_no_longer():
-    for kind, degree, steps in (("lookahead", 2, 20), ("lookahead", 2, 50), ("asyncdiff", 4, 30), ("balanced", 2, 50)):
+    for kind, degree, steps in (("lookahead", 2, 50), ("asyncdiff", 4, 30), ("balanced", 2, 50)):
         found = fidelity.expected(kind, degree, steps)
         assert found
         assert found.longer == pytest.approx(1.0, abs=0.005)
@@ -180,8 +181,8 @@ def test_where_nothing_was_rejected_a_run_takes_no_longer():
 @pytest.mark.parametrize(
     ("kind", "degree", "steps", "decibels"),
     [
-        ("lookahead", 2, 20, 62.2),
-        ("lookahead", 2, 49, 70.3),  # that of 30 steps
+        ("lookahead", 2, 20, 52.1),
+        ("lookahead", 2, 49, 52.1),  # that of 20 steps
         ("balanced", 3, 25, 57.1),  # that of 4 lanes and 20 steps
         ("lookahead", 9, 50, None),
         ("balanced", 2, 19, None),
