@@ -135,7 +135,8 @@ class AheadSampler(comfy.samplers.KSAMPLER):
     @torch.no_grad()
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         """k-diffusion's sampler signature: ``model`` is KSamplerX0Inpaint around the guider, ``x`` ``[batch, ...]``."""
-        extra_args = {**(extra_args or {}), "model_options": uncompiled((extra_args or {}).get("model_options", {}))}
+        extra_args = dict(extra_args or {})
+        extra_args["model_options"] = uncompiled(extra_args.get("model_options", {}))
         options = with_shared_noise(self.base.sampler_function, x, sigmas, extra_args.get("seed"), options)
         run = partial(self._run, model, x, extra_args, options)
 

@@ -30,7 +30,6 @@ class Coroutine:
         self.pending: Any = None
         self.pauses = 0
         self.ended = False
-        self._work: Callable[[], Any] | None = work
         self._result: Any = None
         self._error: BaseException | None = None
         self._dropped = False
@@ -41,7 +40,7 @@ class Coroutine:
         self._back.acquire()
         context, state = contextvars.copy_context(), _TorchState()
         self._thread = _idle_thread()
-        self._thread.begin(lambda: context.run(self._run, state), name)
+        self._thread.begin(lambda: context.run(self._run, work, state), name)
         self.resume()
 
     def resume(self) -> None:
@@ -79,17 +78,15 @@ class Coroutine:
         # what was unwound, with all its tensors, hangs on the error, which hangs on this
         self._error = self._result = None
 
-    def _run(self, state: _TorchState) -> None:
+    def _run(self, work: Callable[[], Any], state: _TorchState) -> None:
         self._turn.acquire()
         _current.set(self)
         try:
             with state.entered():
-                assert self._work
-                self._result = self._work()
+                self._result = work()
         except BaseException as error:
             self._error = error
         finally:
-            self._work = None  # it may know this
             self.ended = True
             self._thread.rest()
             self._back.release()

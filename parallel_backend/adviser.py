@@ -102,6 +102,8 @@ class Advice:
 
     def suits(self, wish: str) -> bool:
         """Whether it is as close to ComfyUI alone as the wish asks for."""
+        if wish == "fastest":
+            return True
         return self.decibels is not None and self.decibels >= ENOUGH.get(wish, ENOUGH["balanced"])
 
     @property
@@ -140,7 +142,8 @@ def advise(facts: Facts, steps: int, conditionings: int, devices: Sequence[str],
     """All plans on the first one to all of these ``devices``, best first for the ``wish``, one of WISHES.
 
     * "fastest": whatever its fidelity. "balanced" and "faithful": the fastest of those that are exact or expected to
-      reach ENOUGH. Where nothing of the kind is WORTH it, one device comes first; what is too large for one, exactly.
+      reach ENOUGH. Where nothing of the kind is WORTH it, one device comes first; for what is too
+      large for one, the fastest that suits the wish.
     * "least memory": the fewest weights on any device, then the closest, then the fastest.
 
     ``conditionings`` are those of an evaluation: 2 with CFG above 1, else 1. What a device cannot hold is left out.
@@ -153,14 +156,7 @@ def advise(facts: Facts, steps: int, conditionings: int, devices: Sequence[str],
         raise ValueError(f"{len(devices)} devices do not hold {facts.nbytes / 1e9:.1f} GB of weights")
     if wish == "least memory":
         return sorted(found, key=lambda one: (one.nbytes, not one.suits(wish), one.seconds))
-    found.sort(
-        key=lambda one: (
-            not _worth(one, wish),
-            one.plan is not None,
-            not (wish == "fastest" or one.suits(wish)),
-            one.seconds,
-        )
-    )
+    found.sort(key=lambda one: (not _worth(one, wish), one.plan is not None, not one.suits(wish), one.seconds))
     able = [one for one in found if _worth(one, wish)]
     alike = [one for one in able if one.seconds <= AS_FAST * able[0].seconds]
     if alike:
@@ -171,7 +167,7 @@ def advise(facts: Facts, steps: int, conditionings: int, devices: Sequence[str],
 
 
 def _worth(advice: Advice, wish: str) -> bool:
-    return advice.plan is not None and advice.speed >= WORTH and (wish == "fastest" or advice.suits(wish))
+    return advice.plan is not None and advice.speed >= WORTH and advice.suits(wish)
 
 
 def _plans(facts: Facts, steps: int, conditionings: int, devices: tuple[str, ...]) -> Iterator[Advice]:

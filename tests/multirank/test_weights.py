@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import tiny_models
 from generation import Request, distance, generate
 from leapfrog.parallel_backend import supervisor
-from ranks import EXACT, load, reference, split, the_pool
+from ranks import EXACT, load, parastep, reference, split, the_pool
 
 FP8_MAX = 448
 
@@ -49,6 +49,7 @@ def test_a_file_of_another_precision(kind: str, tmp_path: Path):
     theirs = generate(model, Request())
     assert EXACT < distance(theirs, reference(Request())) < 0.5, "the precision shows"
     assert distance(generate(split(model, mode="exact"), Request()), theirs) < EXACT
+    assert distance(generate(model, Request(), parastep(1)), theirs) < EXACT
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
