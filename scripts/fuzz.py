@@ -8,6 +8,8 @@ Every frame is made by a generator with a seed, so the same command throws the s
     knock        answers to a rank that knocks: garbage, wrong proofs
     host, rank   a channel's two ends: announced lengths, msgpack garbage, mutated messages of every type
     line         the same at the host's end of the line to another machine's joiner
+    host courier, rank courier
+                 the two ends of the channel to a rank on another machine, which has tensors behind its messages
     tree         specs and heads of tensors in shared memory
     orders       the line that starts a rank, and the options of a recipe
     description  the functions inside the denoiser that a call names
@@ -27,6 +29,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import importlib
+import logging
 import random
 import sys
 import tracemalloc
@@ -59,6 +62,7 @@ def campaign(frames: int, seed: int, say: Callable[[str], object] = print) -> di
     for module in ("comfy.sd", "comfy.utils", "comfy_extras.nodes_freelunch"):  # so that no frame pays for them
         importlib.import_module(module)
     tracemalloc.start()
+    logging.disable(logging.ERROR)  # couriers tell what they refuse
     try:
         for name, (share, target) in TARGETS.items():
             mutator = Mutator(random.Random(f"{name} {seed}"))
@@ -90,6 +94,7 @@ def campaign(frames: int, seed: int, say: Callable[[str], object] = print) -> di
                     thrower = target(mutator)
             thrower.close()
     finally:
+        logging.disable(logging.NOTSET)
         tracemalloc.stop()
         faulthandler.cancel_dump_traceback_later()
     return dict(counts)

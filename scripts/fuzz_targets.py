@@ -7,9 +7,10 @@ import socket
 import struct
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 import torch
@@ -19,6 +20,7 @@ from fuzz_messages import FROM_HOST, FROM_JOINER, FROM_RANK, ORDERS, RECIPE, SEC
 from fuzz_mutator import Mutator
 from leapfrog.parallel_backend import handshake, protocol
 from leapfrog.parallel_backend.channel import Channel
+from leapfrog.parallel_backend.courier import ARENAS, LARGEST, Courier, HostCourier, RankCourier
 from leapfrog.parallel_backend.handshake import Door
 from leapfrog.parallel_backend.tensors import Arena, TensorHead, flatten, place, unflatten
 from leapfrog.parallel_backend.worker.models import inside_patches
@@ -28,9 +30,11 @@ TENSOR_FUNCTIONS = get_overridable_functions()[torch]
 WORLD = 4
 HARD = struct.pack("ii", 1, 0)  # hangs up without a good-bye
 ROUND = 500  # frames between two proofs that the good are still let in
+TENSOR = bytes(range(64))
 
 # Throws a frame each time it is asked for the next: its length, and whether it was still well formed.
 Frames = Generator[tuple[int, bool], None, None]
+AnyCourier = TypeVar("AnyCourier", bound=Courier)
 
 
 def at_the_door(mutator: Mutator) -> Frames:
@@ -161,6 +165,80 @@ def at_a_channel(mutator: Mutator, union: Any, messages: list[Any]) -> Frames:
         end.close()
 
 
+def at_the_hosts_courier(mutator: Mutator) -> Frames:
+    """A rank on another machine answers, its tensor behind the message. Only what it was asked for is written."""
+    arena = Arena.create(8192)
+    parts = [arena._memory.buf[at] for at in (slice(0, 4096), slice(4096, 4096 + len(TENSOR)), slice(4160, arena.size))]
+    before, room, after = parts
+    asked = protocol.Evaluate(4, protocol.Payload(arena.name, ["u", []], []), len(before), len(room))
+    answer = protocol.Done(4, protocol.Payload(arena.name, ["t", 0], [TensorHead("float32", (16,), len(before))]))
+
+    def end(sock: socket.socket) -> HostCourier:
+        courier = HostCourier(sock, {arena.name: arena})
+        courier.send(asked)
+        return courier
+
+    def check(_: HostCourier, intact: bool) -> None:
+        require(not any(before) and not any(after))
+        require(not intact or room == TENSOR)
+        room[:] = bytes(len(room))
+
+    try:
+        yield from at_a_courier(mutator, end, answer, check)
+    finally:
+        for part in parts:
+            part.release()
+        arena.close()
+
+
+def at_a_ranks_courier(mutator: Mutator) -> Frames:
+    """The host asks a rank on another machine, a tensor behind the message."""
+    asked = protocol.Evaluate(4, protocol.Payload("psm_1a2b", ["t", 0], [TensorHead("float32", (16,), 0)]), 64, 64)
+
+    def check(courier: RankCourier, intact: bool) -> None:
+        require(len(courier.arenas) <= ARENAS and all(arena.size <= LARGEST for arena in courier.arenas.values()))
+        if intact:
+            with courier.arenas["psm_1a2b"].raw(TensorHead("uint8", (len(TENSOR),), 0)) as raw:
+                require(raw == TENSOR)
+
+    yield from at_a_courier(mutator, lambda sock: RankCourier(sock, lambda: None), asked, check)
+
+
+def at_a_courier(
+    mutator: Mutator, end: Callable[[socket.socket], AnyCourier], message: Any,
+    check: Callable[[AnyCourier, bool], None],
+) -> Frames:  # fmt: skip
+    """One connection for each frame, whose first thing that cannot be right ends it."""
+    rng = mutator.rng
+    body = msgspec.msgpack.encode(message)
+    tree = msgspec.msgpack.decode(body)
+    for number in count():
+        said, tensor = body, TENSOR
+        intact = number % ROUND == 0
+        if not intact:
+            said = mutator.bytes(body) if rng.random() < 0.3 else packed(mutator.value(tree))
+            tensor = rng.randbytes(rng.choice((0, 1, 64, 64, 64, 5000)))
+        with handshake.listen() as listener:
+            other = socket.create_connection(listener.getsockname(), 10)
+            courier = end(listener.accept()[0])
+        came: list[Any] = []
+        try:
+            with other:
+                other.sendall(len(said).to_bytes(4, "big") + said + tensor)
+                other.shutdown(socket.SHUT_WR)
+                while True:
+                    came.append(courier.receive(60))
+        except TimeoutError:
+            raise
+        except (EOFError, OSError):
+            pass
+        finally:
+            courier.close()
+        require(not intact or len(came) == 1)
+        check(courier, intact)
+        yield len(said) + len(tensor), bool(came) and not intact
+
+
 def packed(value: Any) -> bytes:
     try:
         return msgspec.msgpack.encode(value)
@@ -192,11 +270,7 @@ def at_a_tree(mutator: Mutator) -> Frames:
                 if rng.random() < 0.5:
                     found = msgspec.convert(made, list[TensorHead])
                 else:  # past the decoder, as if there was none
-                    found = (
-                        [TensorHead(*map(hashed, one)) for one in made if numbers(one)]
-                        if isinstance(made, list)
-                        else []
-                    )
+                    found = [TensorHead(*map(hashed, one)) for one in made if numbers(one)]
                 tree = arena.tree(made_spec, found)
                 for tensor in flatten(tree)[1]:
                     if tensor.numel():
@@ -314,9 +388,11 @@ def own(thing: Any) -> None:
 TARGETS: dict[str, tuple[int, Callable[[Mutator], Frames]]] = {
     "door": (2, at_the_door),
     "knock": (2, at_a_rank_that_knocks),
-    "host": (31, lambda mutator: at_a_channel(mutator, protocol.FromRank, FROM_RANK)),
-    "rank": (31, lambda mutator: at_a_channel(mutator, protocol.FromHost, FROM_HOST)),
+    "host": (30, lambda mutator: at_a_channel(mutator, protocol.FromRank, FROM_RANK)),
+    "rank": (30, lambda mutator: at_a_channel(mutator, protocol.FromHost, FROM_HOST)),
     "line": (4, lambda mutator: at_a_channel(mutator, protocol.FromJoiner, FROM_JOINER)),
+    "host courier": (1, at_the_hosts_courier),
+    "rank courier": (1, at_a_ranks_courier),
     "tree": (20, at_a_tree),
     "orders": (5, at_the_orders),
     "description": (5, at_a_description),

@@ -8,6 +8,7 @@ import torch
 import fuzz
 from leapfrog.parallel_backend import handshake
 from leapfrog.parallel_backend.channel import Channel
+from leapfrog.parallel_backend.courier import HostCourier
 from leapfrog.parallel_backend.handshake import Door
 from leapfrog.parallel_backend.tensors import Arena
 
@@ -58,3 +59,8 @@ def test_memory_over_the_bound_is_seen(monkeypatch: pytest.MonkeyPatch):
     counts = only(monkeypatch, "door", 20)
     assert counts["over"] == 20
     assert counts["peak"] >= 1 << 20
+
+
+def test_a_courier_that_writes_where_nothing_was_asked_for_is_seen(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(HostCourier, "_arena", lambda self, message, payload: self.arenas[payload.arena])
+    assert only(monkeypatch, "host courier", 2000)["accepted"] > 0

@@ -12,22 +12,19 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
+from fuzz_messages import FROM_HOST, FROM_JOINER, FROM_RANK, ORDERS, SECRET
 from leapfrog.parallel_backend import LeapfrogError, handshake, protocol
 from leapfrog.parallel_backend.channel import Channel
 from leapfrog.parallel_backend.errors import HINTS, ErrorReport
 from leapfrog.parallel_backend.handshake import Door, listen
-from leapfrog.parallel_backend.protocol import Done, FromHost, FromRank, Loaded
+from leapfrog.parallel_backend.protocol import Done, FromHost, FromJoiner, FromRank, Loaded, Orders, ToJoiner
 from leapfrog.parallel_backend.report import TRACE_DIR, RunReport
-from leapfrog.parallel_backend.tensors import TensorHead
-from leapfrog.parallel_backend.units import Flow, Output
 from pack import ROOT
-
-SECRET = "ab" * 32
 
 
 def codes_in_use() -> set[str]:
@@ -62,35 +59,18 @@ def test_a_code_outside_the_registry_is_a_mistake():
         LeapfrogError.of("no_such_code", "What?")
 
 
-PAYLOAD = protocol.Payload("psm_x", ["u", [["t", 0], ["v", None]]], [TensorHead("float32", (2, 3), 64)])
-RECIPE = protocol.Recipe("diffusion_model", "/m.safetensors", '["d", []]', (5, 7))
-FLOW = Flow([[], [0]], [1], [Output(["t", 0], [("float32", (2, 3))]), None])
 REPORT = ErrorReport("rank_oom", "no", 1, 2, "here")
-HOST_MESSAGES = [
-    protocol.Join(1, store_port=4), protocol.Trace(2, RECIPE, PAYLOAD, ["a", "b"], 3),
-    protocol.Load(3, RECIPE, protocol.Cut(["a", "b"], [(0, 0), (1, 1)]), [0, 1], PAYLOAD, "id"),
-    protocol.Evaluate(4, PAYLOAD, 128, 64, 9, 1, 2, FLOW, False, True, True),
-    protocol.Echo(5, PAYLOAD, 1, 2), protocol.Unload(6), protocol.Stop(7),
-    protocol.Release(8, ["psm_x", "psm_y"], True),
-]  # fmt: skip
-RANK_MESSAGES = [
-    protocol.Hello(0, 3), protocol.Ready(1, 5), Loaded(3, 9, 1, ["a"], 0.25),
-    protocol.Traced(2, [protocol.UnitTrace(unit, 0.5, 8) for unit in "ab"], FLOW, 0.1, 0.2, 3, None, "cpu"),
-    Done(4, PAYLOAD, 1.0, 2.0, 0.5, 7, 0.25), protocol.Failed(5, REPORT), protocol.Ok(6),
-]  # fmt: skip
-ORDERS = protocol.LaunchSpec(1, 2, "b/cpu", "gloo", 0, 4711, SECRET, "/comfy", [], 60.0, "10.0.0.1", "10.0.0.2")
-JOINER_MESSAGES = [
-    protocol.Offer("b", "cuda:0", {"PyTorch": "2.11.0"}), protocol.Beat(True), protocol.Said(30, "a line"),
-    protocol.Gone(-9, "was ended by SIGKILL"),
-]  # fmt: skip
+SENT = [(FROM_HOST, FromHost), (FROM_RANK, FromRank), (FROM_JOINER, FromJoiner), ([Orders(ORDERS)], ToJoiner)]
+
+
+@pytest.mark.parametrize(("messages", "union"), SENT[:3])
+def test_there_is_a_message_of_every_type(messages: list[msgspec.Struct], union):
+    assert {type(message) for message in messages} == set(get_args(union))
 
 
 @pytest.mark.parametrize(
     ("message", "union"),
-    [(m, FromHost) for m in HOST_MESSAGES]
-    + [(m, FromRank) for m in RANK_MESSAGES]
-    + [(m, protocol.FromJoiner) for m in JOINER_MESSAGES]
-    + [(protocol.Orders(ORDERS), protocol.ToJoiner)],
+    [(message, union) for messages, union in SENT for message in messages],
     ids=lambda value: type(value).__name__,
 )
 def test_a_message_arrives_as_it_was_sent(message: msgspec.Struct, union):
