@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .cutting import FOR_WEIGHTS
 from .devices import CPU, kind_of
 from .errors import LeapfrogError
 from .pool import Call, Pool, Tick
+from .pool_memory import Held
 from .protocol import Cut, Evaluate, Load, Loaded, Payload, Recipe, Release, Unload
 from .report import RunReport
 from .settings import step_timeout_s
@@ -97,7 +99,7 @@ class RemoteDenoiser:
                 pool.close()
             if not pool.alive or not self._loaded:
                 return
-            pool.memory.pop("loaded", None)
+            pool.memory.held = None
             try:
                 # behind an evaluation that was cancelled, whatever that takes
                 limit = step_timeout_s() if pool.catching_up else UNLOAD_TIMEOUT_S
@@ -138,8 +140,8 @@ class RemoteDenoiser:
     def _loaded(self) -> list[Loaded]:
         """What the ranks hold of this denoiser; [] where they hold nothing, or another."""
         pool = self._holder
-        there = pool.memory.get("loaded") if pool and pool.alive else None
-        return there[1] if there and there[0][0] == self.recipe and (not self.whole or there[0][1] is None) else []
+        held = pool.memory.held if pool and pool.alive else None
+        return held.parts if held and held.recipe == self.recipe and (not self.whole or held.cut is None) else []
 
     def _wait(self, calls: Sequence[Call], ranks: Sequence[int], sizes: Sequence[torch.Size], tick: Tick) -> Call:
         """The first of these calls that has the replies of those of ``ranks`` that it asked."""
@@ -198,12 +200,12 @@ class RemoteDenoiser:
 
     def _load(self, pool: Pool, cut: Cut | None, lanes: list[list[int]], patches: Patches, tick: Tick) -> list[Loaded]:
         """What the ranks hold, after loading what they do not. ``lanes`` are the ranks of each lane, in order."""
-        wanted = (self.recipe, cut, lanes, patches[0])
-        current = pool.memory.get("loaded")
-        if current and current[0] == wanted:
-            return current[1]
-        pool.memory.pop("loaded", None)
-        pool.memory.pop("learnt", None)
+        wanted = Held(self.recipe, cut, lanes, patches[0])
+        held = pool.memory.held
+        if held == wanted:
+            return held.parts
+        pool.memory.held = None
+        pool.memory.learnt.clear()
         began = time.monotonic()
         tree, _ = pool.payload(patches[1], tick, where="weight patches")
         message = {
@@ -212,10 +214,9 @@ class RemoteDenoiser:
             for rank in lane
         }
         replies = pool.request(message, step_timeout_s(), tick, using=tree)
-        loaded: list[Loaded] = [replies.get(r, Loaded()) for r in range(len(self.devices))]
-        pool.memory["loaded"] = (wanted, loaded)
+        pool.memory.held = replace(wanted, parts=[replies.get(r, Loaded()) for r in range(len(self.devices))])
         log.info("Leapfrog: weights in place after %.1f s", time.monotonic() - began)
-        return loaded
+        return pool.memory.held.parts
 
     def _submit(self, pool: Pool, messages: dict[int, Evaluate], payload: Payload, kind: str, tick: Tick) -> Call:
         assert self.report

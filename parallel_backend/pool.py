@@ -26,6 +26,7 @@ from .courier import HostCourier
 from .errors import ErrorReport, LeapfrogError, error_of
 from .guests import RemoteProcess
 from .launcher import RankProcess
+from .pool_memory import PoolMemory
 from .protocol import ANSWERS, Failed, FromRank, HostMessage, Payload, RankMessage, Release, Stop
 from .settings import step_timeout_s
 from .tensors import Arena, laid_out, trim_heap
@@ -89,17 +90,16 @@ class Pool:
 
     Not for several threads at once: callers hold :attr:`lock` for a whole request. :meth:`close` may come from any.
     Each rank works through its messages in the order in which they were sent, so several calls can be under way.
-    ``memory`` is a place for callers to keep what they know about this pool's ranks (what is loaded, say). ``users``
-    are the objects that may come back for it. ``free`` are the bytes that each device had free at the start, None
-    where nobody counts. ``used_at`` is when it was last asked for something, ``had_users_at`` when it was last seen to
-    have users.
+    ``memory`` is what callers know of this pool's ranks, ``users`` are the objects that may come back for it. ``free``
+    are the bytes that each device had free at the start, None where nobody counts. ``used_at`` is when it was last
+    asked for something, ``had_users_at`` when it was last seen to have users.
     """
 
     def __init__(self, devices: Sequence[str]):
         self.devices = tuple(devices)
         self.free: list[int | None] = []
         self.lock = threading.RLock()
-        self.memory: dict[str, Any] = {}
+        self.memory = PoolMemory()
         self.users: weakref.WeakSet[object] = weakref.WeakSet()
         self.used_at = self.had_users_at = time.monotonic()
         self.processes: list[Process] = []

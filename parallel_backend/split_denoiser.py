@@ -15,7 +15,8 @@ from .denoiser import Patches, RemoteDenoiser, first_tensor, joined, room_for_ou
 from .errors import LeapfrogError
 from .plan import STALE_MODES, SplitPlan
 from .pool import Call, Pool, Tick
-from .protocol import Evaluate, Payload, Recipe
+from .pool_memory import Held
+from .protocol import Cut, Evaluate, Payload, Recipe
 from .schedules.asyncdiff import Streams
 from .schedules.parastep import Guard, Predictor
 from .starting import ComfyHost
@@ -158,7 +159,7 @@ class SplitDenoiser(RemoteDenoiser):
         times: Times, ahead: bool, tick: Tick,
     ) -> Pending:  # fmt: skip
         number, flow = self._watched.layout(pool, payloads[0]) if self.components > 1 else (0, None)
-        learnt: set[tuple[int, int]] = pool.memory.setdefault("learnt", set())
+        learnt = pool.memory.learnt
         how = self._streams.next((stream, number))
         if how.rest:
             return self._rests.pop(how.stream)
@@ -201,39 +202,37 @@ class SplitDenoiser(RemoteDenoiser):
 
     def _prepare(self, pool: Pool, payload: Payload, patches: Patches, tick: Tick) -> bool:
         """Measure, cut and load what is not there yet; whether the pool was asked anything meanwhile."""
-        held = pool.memory["loaded"][0] if "loaded" in pool.memory else None
-        # outlives the weights: a stale mode draws the same picture again only with the same cut
-        purpose = (self.recipe, self._lanes, self.plan.balance, self.plan.cut)
-        chosen_for, wanted = pool.memory.get("cut", (purpose, None))
-        if chosen_for != purpose:
-            wanted = None
-        asked = False
-        if self.components > 1:
-            at_start = not self.report or not self.report.calls
-            starts = wanted is None or (at_start and self._watched.tells_times(payload))
-            one = None if starts else self._lanes[0][0]
-            traces, asked = self._watched.look(pool, payload, patches[2], one, tick)
-            if wanted and wanted.units != self._watched.units:
-                starts, wanted = True, None
-                traces, asked = self._watched.look(pool, payload, patches[2], None, tick)
-            if starts:
-                try:
-                    wanted = choose_cut(traces, self._lanes, self.plan, wanted)
-                except LeapfrogError:
-                    if not self.plan.cut.strip():
-                        self._watched.forget()  # it says how much memory was free then
-                    raise
-        if held == (self.recipe, wanted, self._lanes, patches[0]):
-            loaded = pool.memory["loaded"][1]
-        else:
-            if held is None or held[:3] != (self.recipe, wanted, self._lanes):
-                self._forget_streams()
-            loaded = self._load(pool, wanted, self._lanes, patches, tick)
-            pool.memory["cut"] = (purpose, wanted)
-            asked = True
         assert self.report
-        self.report.loaded = loaded
-        return asked
+        cut, asked = self._chosen_cut(pool, payload, patches, tick) if self.components > 1 else (None, False)
+        wanted, held = Held(self.recipe, cut, self._lanes, patches[0]), pool.memory.held
+        if held is None or not held.differs_in_patches_only(wanted):
+            self._forget_streams()
+        self.report.loaded = self._load(pool, cut, self._lanes, patches, tick)
+        return asked or held != wanted
+
+    def _chosen_cut(self, pool: Pool, payload: Payload, patches: Patches, tick: Tick) -> tuple[Cut, bool]:
+        """How to cut for these inputs: as before, if it was for the same, because a stale mode draws the same picture
+        again only with the same cut; and whether the ranks were asked for it."""
+        purpose = (self.recipe, self._lanes, self.plan.balance, self.plan.cut)
+        chosen_for, cut = pool.memory.cut
+        if chosen_for != purpose:
+            cut = None
+        at_start = not self.report or not self.report.calls
+        starts = cut is None or (at_start and self._watched.tells_times(payload))
+        traces, asked = self._watched.look(pool, payload, patches[2], None if starts else self._lanes[0][0], tick)
+        if cut and cut.units != self._watched.units:
+            starts, cut = True, None
+            traces, asked = self._watched.look(pool, payload, patches[2], None, tick)
+        if starts:
+            try:
+                cut = choose_cut(traces, self._lanes, self.plan, cut)
+            except LeapfrogError:
+                if not self.plan.cut.strip():
+                    self._watched.forget()  # it says how much memory was free then
+                raise
+            pool.memory.cut = (purpose, cut)
+        assert cut
+        return cut, asked
 
 
 def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int], together: bool) -> list[Lane]:

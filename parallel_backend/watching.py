@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from .pool import Pool, Tick
@@ -75,7 +75,7 @@ class Watched:
     def layout(self, pool: Pool, payload: Payload) -> tuple[int, Flow]:
         """The number of these inputs' layout, and what flows between units in it."""
         key = self._key(payload)
-        layouts: dict[Hashable, int] = pool.memory.setdefault("layouts", {})
+        layouts = pool.memory.layouts
         return layouts.setdefault(key, len(layouts)), next(iter(self._traces[key].values())).flow
 
     def forget(self) -> None:

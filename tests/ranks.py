@@ -17,6 +17,7 @@ from generation import Request, generate
 from leapfrog.nodes import AsyncUNetSplit, ParaStepSampler
 from leapfrog.parallel_backend import supervisor
 from leapfrog.parallel_backend.pool import Pool
+from leapfrog.parallel_backend.pool_memory import Held
 from where import ON_GPUS, devices
 
 torch.set_num_threads(1)  # the ranks have a core each
@@ -69,3 +70,10 @@ def the_pool() -> Pool:
     """The one pool that is alive."""
     (pool,) = (pool for pool in supervisor._pools.values() if pool.alive)
     return pool
+
+
+def in_ranks() -> Held:
+    """What the ranks of that pool hold."""
+    held = the_pool().memory.held
+    assert held
+    return held

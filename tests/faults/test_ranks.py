@@ -306,10 +306,10 @@ def test_freeing_memory_ends_the_ranks_but_making_room_for_a_node_does_not(
     model, sampler = (load("flux"), parastep(1)) if lanes else (split(load("flux"), mode="exact"), "euler")
     generate(model, Request(), sampler)
     pool = the_pool()
-    assert "loaded" in pool.memory
+    assert pool.memory.held
     with CurrentNodeContext("prompt", "node"):
         unload()
-    assert "loaded" not in pool.memory
+    assert pool.memory.held is None
     assert distance(generate(model, Request(), sampler), reference(Request())) < EXACT
     assert the_pool() is pool, "who comes back soon finds the ranks"
     unload()

@@ -13,7 +13,7 @@ from leapfrog.nodes import LeapfrogAdviser
 from leapfrog.nodes.adviser import measured
 from leapfrog.nodes.rounds_sampler import in_rounds
 from leapfrog.parallel_backend import LanesPlan, LeapfrogError, SplitPlan, Survey
-from ranks import EXACT, load, parastep, reference, split, the_pool
+from ranks import EXACT, in_ranks, load, parastep, reference, split
 from where import devices
 
 
@@ -41,7 +41,7 @@ def test_the_model_passes_through_and_the_advice_can_be_followed(family: str):
 def test_every_plan_that_was_timed_is_one_that_runs():
     survey = measured(load("flux"), prompt(1), {"samples": torch.zeros(Request().shape)}, devices(2))
     assert survey.facts
-    assert survey.facts.nbytes == the_pool().memory["loaded"][1][0].nbytes
+    assert survey.facts.nbytes == in_ranks().parts[0].nbytes
     assert survey.facts.whole(1) > 0
     assert 0 < survey.facts.host < survey.facts.whole(1) + 1
     assert survey.facts.crowd >= 1

@@ -15,7 +15,7 @@ import family_table
 from families import FAMILIES, QUICK, Family
 from generation import distance
 from leapfrog.parallel_backend import LeapfrogError, supervisor
-from ranks import EXACT, split, the_pool
+from ranks import EXACT, in_ranks, split
 
 # What ComfyUI itself asks of a denoiser's weights outside its forward, and objects in its inputs.
 REFUSED = {
@@ -76,7 +76,7 @@ def test_exact_mode_is_comfyui(ranks: int, name: str):
     model = split(model_of(name), ranks=ranks, mode="exact")
     ours = families.sample(model, family)
     off = distance(ours, reference(name))
-    cut = the_pool().memory["loaded"][0][1]
+    cut = in_ranks().cut
     assert len(cut.bounds) == ranks
     family_table.add(name, units=len(cut.units), exact={ranks: off})
     assert off < EXACT
@@ -90,7 +90,7 @@ def test_asynchronous_modes_run_and_repeat(mode: str, name: str):
     ours = families.sample(model, family, steps=6)
     assert torch.isfinite(ours).all()
     theirs = families.sample(model_of(name), family, steps=6)
-    cut = the_pool().memory["loaded"][0][1]
+    cut = in_ranks().cut
     first = cut.units[: cut.bounds[0][1] + 1]
     fresh = name == ENCODES_FIRST or all(any(part in unit for part in PROMPT_ALONE) for unit in first)
     if not fresh or mode == "lookahead":

@@ -14,7 +14,7 @@ import torch
 import tiny_models
 from generation import Request, distance, generate, noise, prompt
 from leapfrog.parallel_backend import LanesDenoiser
-from ranks import EXACT, load, parastep, reference, split, the_pool, with_lora
+from ranks import EXACT, in_ranks, load, parastep, reference, split, the_pool, with_lora
 
 REQUESTS = {
     "plain": {},
@@ -156,13 +156,13 @@ def test_a_lora_is_applied_changed_and_taken_out():
 
 def test_each_rank_holds_the_whole_denoiser_once():
     generate(load("flux"), Request(), parastep(2))
-    pids, (_, loaded) = the_pool().pids, the_pool().memory["loaded"]
+    pids, loaded = the_pool().pids, in_ranks().parts
     parameters = load("flux").model.diffusion_model.parameters()
     whole = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     assert [rank.nbytes for rank in loaded] == [whole, whole]
     generate(load("flux"), Request(prompt=2), parastep(3))
     assert the_pool().pids == pids
-    assert the_pool().memory["loaded"][1] is loaded
+    assert in_ranks().parts is loaded
 
 
 def test_the_ranks_stay_for_the_next_sampler_as_long_as_the_model_lives():

@@ -15,7 +15,7 @@ from families import FAMILIES, Family
 from family import config
 from generation import distance, noise
 from leapfrog.parallel_backend import lanes_denoiser, supervisor
-from ranks import EXACT, parastep, the_pool
+from ranks import EXACT, in_ranks, parastep, the_pool
 
 UNET = config(
     image_size=32, out_channels=4, use_spatial_transformer=True, legacy=False, model_channels=64, num_res_blocks=[1, 1],
@@ -121,7 +121,7 @@ def test_one_lane_is_comfyui(name: str):
     sampler = parastep(1)
     assert distance(sampled(name, sampler, steps=3), alone(name, 3)) < EXACT
     assert sampler.last_run.count == sampler.last_run.asked == 3
-    assert all(rank.nbytes for rank in the_pool().memory["loaded"][1])
+    assert all(rank.nbytes for rank in in_ranks().parts)
 
 
 @pytest.mark.parametrize("name", SERVED)

@@ -16,7 +16,7 @@ from leapfrog.parallel_backend import cutting, supervisor
 from leapfrog.parallel_backend.pool import Pool
 from leapfrog.parallel_backend.protocol import Evaluate, Load, Trace
 from leapfrog.parallel_backend.schedules.partition import partition
-from ranks import EXACT, load, reference, split, the_pool, with_lora
+from ranks import EXACT, in_ranks, load, reference, split, the_pool, with_lora
 
 REQUESTS = {
     "plain": {},
@@ -79,12 +79,12 @@ def test_a_second_prompt_reuses_ranks_and_weights(family: str, caplog: pytest.Lo
     # cut by hand: measured times of another size may move the cut on a busy machine
     model = split(load(family), cut="2")
     generate(model, Request(family))
-    pids, (_, loaded) = the_pool().pids, the_pool().memory["loaded"]
+    pids, loaded = the_pool().pids, in_ranks().parts
     caplog.clear()
     generate(model, Request(family, prompt=2))
     generate(split(load(family), warmup=1, cut="2"), Request(family, batch=2))  # the node run again, as after an edit
     assert the_pool().pids == pids
-    assert the_pool().memory["loaded"][1] is loaded
+    assert in_ranks().parts is loaded
     assert "weights in place" not in caplog.text
     assert caplog.text.count("denoiser calls") == 2
 
@@ -94,7 +94,7 @@ def test_each_rank_holds_its_part_of_the_weights_only(family: str, caplog: pytes
     dm = load(family).model.diffusion_model
     whole = sum(t.numel() * t.element_size() for t in (*dm.parameters(), *dm.buffers()))
     generate(split(load(family)), Request(family))
-    ranks = the_pool().memory["loaded"][1]
+    ranks = in_ranks().parts
     assert all(rank.nbytes < whole for rank in ranks)
     assert len({rank.shared for rank in ranks}) == 1
     assert sum(rank.nbytes - rank.shared for rank in ranks) + ranks[0].shared == whole
@@ -120,7 +120,7 @@ def test_unloaded_weights_come_back_without_a_trace_of_the_last_run():
     pids = the_pool().pids
     for _ in range(3):
         model.partially_unload(model.offload_device)
-        assert "loaded" not in the_pool().memory
+        assert the_pool().memory.held is None
         assert torch.equal(generate(model, Request()), expected)
     assert the_pool().pids == pids
 
@@ -279,19 +279,19 @@ def test_two_lanes_share_any_number_of_conditionings(count: int):
 def test_weights_that_one_rank_gave_back(mode: str):
     model = split(load("flux"), mode=mode, cut="2")
     before = generate(model, Request())
-    held = [rank.nbytes for rank in the_pool().memory["loaded"][1]]
+    held = [rank.nbytes for rank in in_ranks().parts]
     model.denoiser.unload([0])
     with sent() as messages:
         after = generate(model, Request())
     assert torch.equal(before, after)
     assert sum(isinstance(message, Load) for message in messages) == 2
-    assert [rank.nbytes for rank in the_pool().memory["loaded"][1]] == held
+    assert [rank.nbytes for rank in in_ranks().parts] == held
 
 
 def test_a_new_stand_in_knows_of_weights_that_are_there_and_can_give_them_back():
     generate(split(load("flux"), cut="2"), Request())
     other = split(load("flux"), cut="2")
-    assert other.denoiser.loaded_bytes(0) == the_pool().memory["loaded"][1][0].nbytes > 0
+    assert other.denoiser.loaded_bytes(0) == in_ranks().parts[0].nbytes > 0
     other.denoiser.unload()
-    assert "loaded" not in the_pool().memory
+    assert the_pool().memory.held is None
     assert other.denoiser.loaded_bytes(0) == 0

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from generation import Request, distance, generate
-from ranks import EXACT, load, parastep, reference, split, the_pool
+from ranks import EXACT, in_ranks, load, parastep, reference, split, the_pool
 
 
 @pytest.mark.parametrize("family", ["flux", "unet"])
@@ -14,7 +14,7 @@ def test_three_components_in_exact_mode_are_comfyui(family: str):
     request = Request(family)
     assert distance(generate(split(load(family), 3, "exact"), request), reference(request)) < EXACT
     assert len(the_pool().pids) == 3
-    assert all(rank.units for rank in the_pool().memory["loaded"][1])
+    assert all(rank.units for rank in in_ranks().parts)
 
 
 def test_three_asynchronous_components_come_close():

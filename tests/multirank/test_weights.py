@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import tiny_models
 from generation import Request, distance, generate
 from leapfrog.parallel_backend import supervisor
-from ranks import EXACT, load, parastep, reference, split, the_pool
+from ranks import EXACT, in_ranks, load, parastep, reference, split, the_pool
 
 FP8_MAX = 448
 
@@ -55,7 +55,7 @@ def test_a_file_of_another_precision(kind: str, tmp_path: Path):
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_weights_divided_evenly_where_that_is_asked_for(ranks: int):
     generate(split(load("unet"), ranks=ranks, mode="exact", balance="memory"), Request("unet"))
-    held = [loaded.nbytes for loaded in the_pool().memory["loaded"][1]]
+    held = [loaded.nbytes for loaded in in_ranks().parts]
     assert max(held) <= (1 / ranks + 0.1) * tiny_models.tiny_unet().stat().st_size
 
 
@@ -66,7 +66,7 @@ def test_ranks_grow_by_their_component_and_not_by_the_file():
     generate(split(load("flux"), mode="exact"), Request(steps=1))
     before = [_private(pid) for pid in the_pool().pids]
     generate(model, request)
-    held = [loaded.nbytes for loaded in the_pool().memory["loaded"][1]]
+    held = [loaded.nbytes for loaded in in_ranks().parts]
     whole = tiny_models.tiny_unet().stat().st_size
     assert max(held) < 0.75 * whole
     for pid, earlier, own in zip(the_pool().pids, before, held, strict=True):
