@@ -44,7 +44,7 @@ class AsyncUNetSplit(io.ComfyNode):
                     "components",
                     default=0,
                     min=0,
-                    max=8,
+                    max=SplitPlan.MOST,
                     tooltip=(
                         "How many parts to cut the denoiser into. 0 is automatic: a part for each device, except that "
                         "with CFG above 1 prompt and negative prompt take half of the devices each, so that two "
@@ -86,7 +86,7 @@ class AsyncUNetSplit(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "cfg_lanes",
-                    options=["auto", "on", "off"],
+                    options=list(SplitPlan.CFG_LANES),
                     default="auto",
                     advanced=True,
                     tooltip=(
@@ -97,7 +97,7 @@ class AsyncUNetSplit(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "drift_bound",
-                    default=0.02,
+                    default=SplitPlan.DRIFT_BOUND,
                     min=0.0001,
                     max=1.0,
                     step=0.001,
@@ -126,7 +126,7 @@ class AsyncUNetSplit(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "balance",
-                    options=["speed", "memory"],
+                    options=list(SplitPlan.BALANCES),
                     default="speed",
                     advanced=True,
                     tooltip=(
@@ -141,7 +141,7 @@ class AsyncUNetSplit(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, devices: str, components: int, warmup_steps: int, stride: int, mode: str, cfg_lanes: str = "auto",
-        drift_bound: float = 0.02, time_shift: bool = False, cut: str = "", balance: str = "speed",
+        drift_bound: float = SplitPlan.DRIFT_BOUND, time_shift: bool = False, cut: str = "", balance: str = "speed",
     ) -> io.NodeOutput:  # fmt: skip
         if isinstance(model, StandInPatcher):
             raise LeapfrogError.of("unsupported_patch", "This MODEL has been split already.")

@@ -29,7 +29,7 @@ OPTIONS = [
         "lanes",
         default=0,
         min=0,
-        max=8,
+        max=LanesPlan.MOST,
         tooltip=(
             "Steps evaluated at once. 0 is automatic. With CFG 1: one step for each device. With CFG above 1: half as "
             "many, prompt and negative prompt on a device each; two devices then give the very same picture, at most "
@@ -50,7 +50,7 @@ OPTIONS = [
     ),
     io.Combo.Input(
         "predictor",
-        options=["linear", "newest", "paper"],
+        options=list(LanesPlan.PREDICTORS),
         default="linear",
         advanced=True,
         tooltip=(

@@ -32,7 +32,7 @@ RESHAPING = ("comfy_extras.nodes_model_downscale",)
 def travelling_options(options: dict[str, Any]) -> dict[str, Any]:
     """The transformer options that go along with a call.
 
-    Raises LeapfrogError unsupported_patch, by name, for functions that would have to run inside the model.
+    Raises LeapfrogError unsupported_patch, by name, for functions inside the denoiser that cannot travel.
     """
     going = {k: v for k, v in options.items() if k not in STAYS}
     inside = describe(options)
@@ -79,11 +79,10 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
         pending = denoiser.submit(tree, x, group, patches, tick, alone, lanes_in_call())
     else:
         tree = (args, {**kwargs, "transformer_options": going})
-        stale = denoiser.plan.mode == "asyncdiff"
         pending = denoiser.submit(
             tree, x, patches, tick, chunks=options.get("cond_or_uncond") or [0],
-            stream=_stream(patcher, {**options, **going}, x),
-            times=_times(patcher, options) if stale else (1.0, 1.0), ahead=ahead(),
+            stream=patcher.attachments.setdefault(RUN, Run()).next_stream({**options, **going}, x),
+            times=_times(patcher, options) if denoiser.plan.mode == "asyncdiff" else (1.0, 1.0), ahead=ahead(),
         )  # fmt: skip
     try:
         pause_for(denoiser, pending)
@@ -108,22 +107,6 @@ def of_one_sigma(dm: torch.nn.Module, options: dict[str, Any]) -> bool:
     return type(dm).__name__ in OF_ONE_SIGMA or getattr(dm, "time_r_in", None) is not None or "sigmas" in inside
 
 
-def _stream(patcher: comfy.model_patcher.ModelPatcher, options: dict[str, Any], x: torch.Tensor) -> tuple:
-    """The key of the stale state that a call may use: its conditionings, its window, its repeat at this sigma."""
-    window = getattr(options.get("context_window"), "index_list", None)
-    uuids = tuple(map(str, options.get("uuids", ())))
-    shapes = tuple(tuple(part.shape) for part in ([x] if isinstance(x, torch.Tensor) else x))
-    inside = options.get("inside_patches", {}).get("id")
-    key = (tuple(options.get("cond_or_uncond", ())), uuids, shapes, str(window), inside)
-    sigmas = options.get("sigmas")
-    sigma = float(sigmas.flatten()[0]) if isinstance(sigmas, torch.Tensor) else 0.0
-    seen = patcher.attachments.setdefault(RUN, Run()).seen
-    last_sigma, repeat = seen.get(key, (None, 0))
-    repeat = repeat + 1 if sigma == last_sigma else 0
-    seen[key] = (sigma, repeat)
-    return (*key, repeat)
-
-
 def _times(patcher: comfy.model_patcher.ModelPatcher, options: dict[str, Any]) -> tuple[float, float]:
     """The model's timesteps at the sigmas before and after the current one in the schedule, as multiples of its own."""
     sigmas, sigma = options.get("sample_sigmas"), options.get("sigmas")
@@ -144,10 +127,25 @@ class Run:
     """What belongs to one sampling run of a MODEL: its streams. A clone of the MODEL starts with none."""
 
     def __init__(self) -> None:
-        self.seen: dict[tuple, tuple[float, int]] = {}
+        self._seen: dict[tuple, tuple[float, int]] = {}
 
     def on_model_patcher_clone(self) -> Run:
         return Run()
+
+    def next_stream(self, options: dict[str, Any], x: torch.Tensor) -> tuple:
+        """The key of the stale state that the next call may use: its conditionings, its window, its repeat at this
+        sigma."""
+        window = getattr(options.get("context_window"), "index_list", None)
+        uuids = tuple(map(str, options.get("uuids", ())))
+        shapes = tuple(tuple(part.shape) for part in ([x] if isinstance(x, torch.Tensor) else x))
+        inside = options.get("inside_patches", {}).get("id")
+        key = (tuple(options.get("cond_or_uncond", ())), uuids, shapes, str(window), inside)
+        sigmas = options.get("sigmas")
+        sigma = float(sigmas.flatten()[0]) if isinstance(sigmas, torch.Tensor) else 0.0
+        last_sigma, repeat = self._seen.get(key, (None, 0))
+        repeat = repeat + 1 if sigma == last_sigma else 0
+        self._seen[key] = (sigma, repeat)
+        return (*key, repeat)
 
 
 def run_wrapped(dm: torch.nn.Module, forward: Callable[..., torch.Tensor], args: tuple, kwargs: dict) -> torch.Tensor:

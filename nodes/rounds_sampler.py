@@ -102,7 +102,7 @@ class RoundsSampler(AheadSampler):
             kept = Path(folder_paths.get_user_directory()) / "leapfrog" / "calibration.json"
             plan = plan.calibrated(kept, denoiser.recipe, name, short, self._tell)
             self.note(f"drift bound {plan.bound:.2g} for this model")
-        self._tell(plan.promise(steps, conditionings))
+        self._tell(f"ParaStep: {plan.promise(steps, conditionings)}")
         return plan.schedule(conditionings)
 
     def note(self, text: str) -> None:

@@ -27,7 +27,7 @@ from .recipe import reshaped_by
 from .remote_forward import RUN, Remote, Run, evaluate, run_wrapped
 
 log = logging.getLogger("leapfrog")
-ELSEWHERE = "leapfrog_elsewhere"
+NO_MEMORY = "leapfrog_takes_no_memory"
 
 
 NOTHING_LOADED: dict[str, Any] = {
@@ -184,12 +184,12 @@ class StandInPatcher(RanksPatcher):
         if TORCH_COMPILE_KWARGS in self.model_options:
             log.warning("Leapfrog: TorchCompileModel has no effect on a split model; the ranks compute uncompiled.")
         self.attachments[RUN] = Run()
-        self.attachments[ELSEWHERE] = elsewhere = ExitStack()
-        elsewhere.enter_context(takes_no_memory(self.model))
+        self.attachments[NO_MEMORY] = no_memory = ExitStack()
+        no_memory.enter_context(takes_no_memory(self.model))
         self.denoiser.begin_run()
 
     def cleanup(self) -> None:
         super().cleanup()
         self.attachments.pop(RUN, None)
-        self.attachments.pop(ELSEWHERE, ExitStack()).close()
+        self.attachments.pop(NO_MEMORY, ExitStack()).close()
         self.denoiser.end_run()

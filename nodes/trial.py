@@ -17,7 +17,7 @@ import comfy.sd
 import folder_paths
 import torch
 
-from ..parallel_backend import LeapfrogError
+from ..parallel_backend import LeapfrogError, SplitPlan
 from . import AsyncUNetSplit, comfy_entrypoint
 from .adviser import measured
 
@@ -25,8 +25,6 @@ Row = Callable[..., None]
 SIDE = 32
 STEPS = 20
 TOKENS = 16
-MOST = 8
-"""Components that the node offers at most."""
 FOLDERS = ("diffusion_models", "checkpoints")
 BOUNDS = {torch.float16: 1e-2, torch.bfloat16: 3e-2}
 BOUND = 1e-5
@@ -124,7 +122,7 @@ def _tried(found: tuple[str, str], devices: Sequence[str], began: float) -> Iter
         return
     dtype = model.model.get_dtype_inference()
     comfy.model_management.unload_all_models()
-    parts = min(len(devices), MOST)
+    parts = min(len(devices), SplitPlan.MOST)
     split = AsyncUNetSplit.execute(
         model, ",".join(devices), components=parts, warmup_steps=0, stride=1, mode="exact"
     ).args[0]

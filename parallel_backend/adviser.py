@@ -9,7 +9,7 @@ from functools import lru_cache
 
 from .cutting import FOR_WEIGHTS, best_bounds
 from .fidelity import SPLIT_WARMUP, expected
-from .plan import WORTH, LanesPlan, SplitPlan
+from .plan import BALANCES, MOST, WORTH, LanesPlan, SplitPlan
 from .schedules.partition import component_seconds
 from .schedules.simulate import Link, Mode, crossing, rounds_seconds, rounds_taken, run_seconds
 
@@ -18,8 +18,6 @@ ENOUGH = {"balanced": 50.0, "faithful": 65.0}
 """PSNR to ComfyUI alone, in dB, that a plan must be expected to reach."""
 AS_FAST = 1.05
 """Plans within this factor of the fastest count as equally fast: predictions are no better."""
-MOST = 8
-"""What the nodes' fields ``components`` and ``lanes`` take at most."""
 PRESETS = ("faithful", "balanced", "fast")
 
 
@@ -144,7 +142,7 @@ def advise(facts: Facts, steps: int, conditionings: int, devices: Sequence[str],
     * "fastest": whatever its fidelity. "balanced" and "faithful": the fastest of those that are exact or expected to
       reach ENOUGH. Where nothing of the kind is WORTH it, one device comes first; for what is too
       large for one, the fastest that suits the wish.
-    * "least memory": the fewest weights on any device, then the closest, then the fastest.
+    * "least memory": the fewest weights on any device; among equals what reaches that of "balanced", then the fastest.
 
     ``conditionings`` are those of an evaluation: 2 with CFG above 1, else 1. What a device cannot hold is left out.
     Raises ValueError for an unknown wish, for other numbers than these, and where nothing fits.
@@ -211,7 +209,7 @@ def _split_plans(devices: tuple[str, ...], conditionings: int, units: int) -> It
                 yield SplitPlan(devices[:2], 1, mode="exact", cfg_lanes="on")
             if components == 1 or ranks > len(devices):
                 continue
-            for balance in ("speed", "memory"):
+            for balance in BALANCES:
                 for mode in ("exact", *SPLIT_WARMUP):
                     warmup = 0 if mode in ("exact", "lookahead") else SPLIT_WARMUP[mode]
                     yield SplitPlan(devices[:ranks], components, warmup, mode, cfg_lanes=cfg_lanes, balance=balance)

@@ -99,7 +99,7 @@ def rows_of(payload: Payload, call: Rows, shares: Sequence[tuple[int, int]]) -> 
     def of(begin: int, end: int) -> Payload:
         def cut(head: TensorHead) -> TensorHead:
             per = call.count // head.shape[0]
-            return slice_rows(head, head.shape[0], begin // per, end // per)
+            return slice_rows(head, begin // per, end // per)
 
         heads = [cut(head) if has_rows else head for head, has_rows in zip(payload.heads, spread, strict=True)]
         own = chunks[begin * len(chunks) // call.count : -(-end * len(chunks) // call.count)]

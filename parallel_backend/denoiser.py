@@ -202,7 +202,7 @@ class RemoteDenoiser:
         """What the ranks hold, after loading what they do not. ``lanes`` are the ranks of each lane, in order."""
         wanted = Held(self.recipe, cut, lanes, patches[0])
         held = pool.memory.held
-        if held == wanted:
+        if held and held == wanted:
             return held.parts
         pool.memory.held = None
         pool.memory.learnt.clear()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .errors import LeapfrogError
 from .machines import Machines
+from .settings import shares_gpu
 
 CPU = "cpu"
 
@@ -59,7 +60,7 @@ def choose_devices(text: str, wanted: int, machine: Machine) -> tuple[str, ...]:
         return _auto_devices(wanted, machine)
     named = tuple(_device(part.strip(), text, machine) for part in text.split(","))
     repeated = sorted({d for d in named if kind_of(d) != CPU and named.count(d) > 1})
-    if repeated and os.environ.get("LEAPFROG_SHARE_GPU") != "1":
+    if repeated and not shares_gpu():
         raise LeapfrogError.of(
             "bad_devices", f"devices '{text}' names {repeated[0]} twice; each rank needs its own GPU."
         )

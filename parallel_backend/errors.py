@@ -60,7 +60,7 @@ class ErrorReport(msgspec.Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if self.code not in HINTS:
-            raise ValueError("the code is not in the error registry")
+            raise ValueError(f"{self.code} is not in the error registry")
 
     @property
     def hint(self) -> str:
@@ -85,9 +85,7 @@ class LeapfrogError(RuntimeError):
 
     @classmethod
     def of(cls, code: str, message: str) -> LeapfrogError:
-        """A failure found in the host; ``code`` must be in the registry."""
-        if code not in HINTS:
-            raise KeyError(f"{code} is not in the error registry")
+        """A failure found in the host. Raises ValueError for a ``code`` that is not in the registry."""
         return cls(ErrorReport(code=code, message=message))
 
 

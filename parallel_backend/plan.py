@@ -19,6 +19,10 @@ SPLIT_MODES = ("lookahead", "asyncdiff", "extrapolated", "exact")
 STALE_MODES = ("asyncdiff", "extrapolated")
 CFG_LANES = ("auto", "on", "off")
 BALANCES = ("speed", "memory")
+MOST = 8
+"""Components, or lanes, that the nodes offer at most."""
+DRIFT_BOUND = 0.02
+"""Of the split, where nothing else is said."""
 WORTH = 1.2
 """Speed-ups below this are not worth the difference."""
 
@@ -34,6 +38,10 @@ class SplitPlan:
     """
 
     MODES: ClassVar = SPLIT_MODES
+    CFG_LANES: ClassVar = CFG_LANES
+    BALANCES: ClassVar = BALANCES
+    MOST: ClassVar = MOST
+    DRIFT_BOUND: ClassVar = DRIFT_BOUND
 
     devices: tuple[str, ...]
     degree: int = 0
@@ -41,7 +49,7 @@ class SplitPlan:
     mode: str = "lookahead"
     stride: int = 1
     cfg_lanes: str = "auto"
-    bound: float = 0.02
+    bound: float = DRIFT_BOUND
     time_shift: bool = False
     cut: str = ""
     balance: str = "speed"
@@ -131,6 +139,8 @@ class LanesPlan:
     eager: bool = False
     calibrate: bool = False
 
+    MOST: ClassVar = MOST
+    PREDICTORS: ClassVar = PREDICTORS
     FIDELITIES: ClassVar = {
         "exact": (1e-5, True),
         "faithful": (0.006, False),
@@ -192,18 +202,18 @@ class LanesPlan:
         return guard, Predictor(self.predictor, spacing=2 if lanes >= 4 else 1)
 
     def promise(self, steps: int, conditionings: int) -> str:
-        """What may be expected of such a run, in a line for the user."""
+        """What may be expected of such a run, in words for the user."""
         lanes, devices = self.lanes_for(conditionings), len(self.devices)
         bound = ideal_speedup(steps, lanes, self.warmup, devices, conditionings)
         exact = ideal_speedup(steps, 1, 0, devices, conditionings)
         where = f"{devices} devices" if devices > 1 else "one device"
         if lanes == 1 and exact == 1:
-            return f"ParaStep: {steps} steps one by one, nothing to do for a second device; set lanes to 2 or more"
+            return f"{steps} steps one by one, nothing to do for a second device; set lanes to 2 or more"
         if lanes == 1:
-            return f"ParaStep: at most {exact:.2f}x ({steps} steps one by one, the prompts on {where}), exact"
+            return f"at most {exact:.2f}x ({steps} steps one by one, the prompts on {where}), exact"
         if devices == 1:
-            return f"ParaStep: {steps} steps, {lanes} as one batch on {where}; pays only where one does not fill it"
-        said = f"ParaStep: at most {bound:.2f}x ({steps} steps, {lanes} at once, {where})"
+            return f"{steps} steps, {lanes} as one batch on {where}; pays only where one does not fill it"
+        said = f"at most {bound:.2f}x ({steps} steps, {lanes} at once, {where})"
         if exact >= max(bound, WORTH):
             return f"{said}; lanes 1 gives {exact:.2f}x, exact"
         return said if bound >= WORTH else f"{said}: not worth it here"

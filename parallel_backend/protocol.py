@@ -254,12 +254,11 @@ class Traced(RankMessage):
 
 
 class Loaded(RankMessage):
-    """``nbytes`` of weights are held, of which ``shared`` belong to no unit; ``seconds`` it took."""
+    """``nbytes`` of weights are held, of which ``shared`` belong to no unit."""
 
     nbytes: Bytes = 0
     shared: Bytes = 0
     units: list[str] = []
-    seconds: Seconds = 0.0
 
 
 class Done(RankMessage):

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .protocol import Done, Loaded
-
-TRACE_DIR = "LEAPFROG_TRACE_DIR"
+from .settings import trace_dir
 
 
 @dataclass
@@ -81,7 +80,7 @@ class RunReport:
 
     def save_trace(self) -> Path | None:
         """Write the run as Chrome trace JSON into the folder named by LEAPFROG_TRACE_DIR; None where it is not set."""
-        folder = os.environ.get(TRACE_DIR)
+        folder = trace_dir()
         if not folder or not self.spans:
             return None
         events = []
@@ -96,7 +95,7 @@ class RunReport:
                 {"ph": "X", "pid": 0, "tid": s.rank, "name": s.kind, "ts": start, "dur": length, "args": args}
             )
         weights = [{"rank": r, "bytes": held.nbytes, "units": held.units} for r, held in enumerate(self.loaded)]
-        path = Path(folder) / f"run-{os.getpid()}-{time.time_ns()}.json"
+        path = folder / f"run-{os.getpid()}-{time.time_ns()}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         other = {"title": self.title, "ranks": weights, "call_s": list(self.seconds.values())}
         path.write_text(json.dumps({"traceEvents": events, "otherData": other}))

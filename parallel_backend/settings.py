@@ -33,6 +33,17 @@ def machines_file() -> Path | None:
     return Path(path).expanduser() if path else None
 
 
+def trace_dir() -> Path | None:
+    """The folder for a trace of each run; None where there is none."""
+    path = os.environ.get("LEAPFROG_TRACE_DIR")
+    return Path(path) if path else None
+
+
+def shares_gpu() -> bool:
+    """Whether several ranks may be on one GPU."""
+    return os.environ.get("LEAPFROG_SHARE_GPU") == "1"
+
+
 def _seconds(name: str) -> float:
     default, text = SECONDS[name], os.environ.get(name, "")
     if not text:
@@ -43,5 +54,5 @@ def _seconds(name: str) -> float:
         seconds = math.nan
     if 0 <= seconds < math.inf:
         return seconds
-    log.warning("Leapfrog: %s=%s is no number of seconds; %g is used", name, text, default)
+    log.warning("Leapfrog: %s=%s is not a valid number of seconds; %g is used", name, text, default)
     return default

@@ -127,11 +127,9 @@ def laid_out(tree: Any, where: str) -> tuple[Any, list[torch.Tensor], list[Tenso
         raise LeapfrogError.of("unsupported_patch", f"{error}.") from None
 
 
-def slice_rows(head: TensorHead, rows: int, begin: int, end: int) -> TensorHead:
-    """The head of rows ``[begin, end)`` of a tensor of ``rows`` rows; of the whole if it has another number of them."""
-    if not head.shape or head.shape[0] != rows:
-        return head
-    row_bytes = head.nbytes // rows if rows else 0
+def slice_rows(head: TensorHead, begin: int, end: int) -> TensorHead:
+    """The head of a tensor's rows ``[begin, end)``."""
+    row_bytes = head.nbytes // max(1, head.shape[0])
     return TensorHead(head.dtype, (end - begin, *head.shape[1:]), head.offset + begin * row_bytes)
 
 

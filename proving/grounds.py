@@ -114,12 +114,12 @@ GROUNDS: dict[str, Callable[..., Ground]] = {"flux": flux, "unet": unet, "wan": 
 
 
 @cache
-def load_vae(file: Path = WEIGHTS / "shapes_vae.safetensors") -> Any:
+def load_vae() -> Any:
     """The image autoencoder."""
     import comfy.sd
     import comfy.utils
 
-    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(file)))
+    return comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(WEIGHTS / "shapes_vae.safetensors")))
 
 
 def load_clip(file: Path) -> Any:

@@ -116,9 +116,3 @@ def draw(
     if level is None:
         level = BACKGROUNDS[int(noise[6] * len(BACKGROUNDS))]
     return paint(attributes.shape, colour.clamp(0, 1), radius, centre, torch.full((3,), level), side)
-
-
-def pictures(attributes: Sequence[Attributes], seed: int) -> Tensor:
-    """Pictures [N, 3, 128, 128] in 0..1, one for each caption; the same seed draws the same pictures."""
-    rng = torch.Generator().manual_seed(seed)
-    return torch.stack([draw(a, rng) for a in attributes])

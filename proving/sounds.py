@@ -27,7 +27,6 @@ COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
 RATE = 11025  # samples a second
 HOP = 512  # samples a frame: with this rate as long as Stable Audio's frames, 2048 / 44100 s
 FRAMES = 64
-SECONDS = FRAMES * HOP / RATE
 BANDS = 64
 LOWEST, HIGHEST = 100.0, 3500.0  # Hz
 PITCH_JITTER = 2  # bands

@@ -328,7 +328,6 @@ def scaling(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    from leapfrog.parallel_backend.report import TRACE_DIR
     from leapfrog.parallel_backend.supervisor import close_all
     from leapfrog.parallel_backend.watching import Watched
 
@@ -352,9 +351,9 @@ def run(options: argparse.Namespace) -> None:
             for name, one in rows.items():
                 print(f"  {name} ...", file=sys.stderr, flush=True)
                 one.run(1)  # the ranks load what this row needs
-                os.environ[TRACE_DIR] = folder
+                os.environ["LEAPFROG_TRACE_DIR"] = folder
                 one.latent, took = one.run(steps)
-                del os.environ[TRACE_DIR]
+                del os.environ["LEAPFROG_TRACE_DIR"]
                 one.seconds.append(took)
                 if name == parallel(options):
                     found = round_overheads_ms(Path(folder))

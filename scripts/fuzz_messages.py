@@ -36,7 +36,7 @@ FROM_HOST = [
     protocol.Release(8, ["psm_x", "psm_y"], True), protocol.Probe(9, 0, 1, [1024, 1 << 20], [50, 5]),
 ]  # fmt: skip
 FROM_RANK = [
-    protocol.Hello(0, 3), protocol.Ready(1, 5), protocol.Loaded(3, 9, 1, ["a"], 0.25), protocol.Ok(6),
+    protocol.Hello(0, 3), protocol.Ready(1, 5), protocol.Loaded(3, 9, 1, ["a"]), protocol.Ok(6),
     protocol.Traced(2, [protocol.UnitTrace(name, 0.5, 8) for name in "abc"], FLOW, 0.1, 0.2, 3, None, "cpu"),
     protocol.Done(4, PAYLOAD, 1.0, 2.0, 0.5, 7, 0.25),
     protocol.Failed(5, ErrorReport("rank_oom", "no", 1, 2, "here")), protocol.Probed(9, [1e-4, 2e-3], True),

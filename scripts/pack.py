@@ -5,7 +5,7 @@ so here the same folder becomes the package `leapfrog`:
 
     from pack import load_pack
     load_pack()
-    from leapfrog.parallel_backend.plan import Plan
+    from leapfrog.parallel_backend.plan import SplitPlan
 
 The repository's root never goes on sys.path: its `nodes/` would be found instead of ComfyUI's `nodes.py`.
 Only the standard library is imported here, because the set-up uses this file before anything is installed.

@@ -90,16 +90,15 @@ class SplitWay:
     def traced(self, bench: Bench, steps: int, part: range) -> tuple[torch.Tensor, list[Any]]:
         """Latents, and the trace of each."""
         from leapfrog.nodes import AsyncUNetSplit
-        from leapfrog.parallel_backend.report import TRACE_DIR
 
         node = AsyncUNetSplit.execute(
             model=bench.ground.model, devices=",".join(["cpu"] * self.degree), components=self.degree,
             warmup_steps=self.warmup, stride=1, mode=self.mode, cfg_lanes="off", cut=self.cut,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            os.environ[TRACE_DIR] = folder
+            os.environ["LEAPFROG_TRACE_DIR"] = folder
             made = bench.sampled(node.args[0], steps, bench.subject.sampler, part)
-            del os.environ[TRACE_DIR]
+            del os.environ["LEAPFROG_TRACE_DIR"]
             traces = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
         if len(traces) != len(part):
             raise RuntimeError(f"mode {self.mode} left {len(traces)} traces: did ranks compute anything?")

@@ -43,7 +43,7 @@ def prompts(captions: tuple[str, ...] = CAPTIONS) -> tuple[Conditioning, Conditi
 
 
 def latents(
-    model: Any, steps: int, sampler: Any = "euler", cfg: float = 3.0, captions: tuple[str, ...] = CAPTIONS,
+    model: Any, steps: int, sampler: Any = "euler", captions: tuple[str, ...] = CAPTIONS,
     scheduler: str = "simple",
 ) -> torch.Tensor:  # fmt: skip
     """The captions' final latents ``[N, 16, 16, 16]``. ``sampler`` is a name or a SAMPLER."""
@@ -53,7 +53,7 @@ def latents(
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
     with torch.inference_mode():
         return comfy.sample.sample_custom(
-            model, start, cfg, sampler, sigmas, *prompts(captions), torch.zeros_like(start),
+            model, start, 3.0, sampler, sigmas, *prompts(captions), torch.zeros_like(start),
             disable_pbar=True, seed=7,
         )  # fmt: skip
 
@@ -64,9 +64,9 @@ def decode(latent: torch.Tensor) -> torch.Tensor:
         return load_vae().decode(latent).clamp(0, 1)
 
 
-def pictures(model: Any, steps: int, sampler: Any = "euler", cfg: float = 3.0) -> torch.Tensor:
+def pictures(model: Any, steps: int, sampler: Any = "euler") -> torch.Tensor:
     """Both captions' pictures ``[2, height, width, 3]`` in 0 to 1. ``sampler`` is a name or a SAMPLER."""
-    return decode(latents(model, steps, sampler, cfg))
+    return decode(latents(model, steps, sampler))
 
 
 def psnr(ours: torch.Tensor, theirs: torch.Tensor) -> float:

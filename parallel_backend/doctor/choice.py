@@ -50,8 +50,8 @@ def choices(sheet: Sheet, text: str) -> tuple[str, ...]:
     else:
         sheet.row("backend", "none: a device alone talks to nobody")
     sheet.row("Async UNet Split", "\n".join(_split_text(split)))
-    for line in _lanes_text(lanes):
-        sheet.row("ParaStep Sampler" if line.startswith("CFG above") else "", line)
+    promised = [f"CFG above 1: {lanes.promise(STEPS, GUIDED)}", f"CFG 1: {lanes.promise(STEPS, 1)}"]
+    sheet.row("ParaStep Sampler", "\n".join(promised))
     return split.devices
 
 
@@ -77,17 +77,6 @@ def _pipelines(plan: SplitPlan, guided: bool) -> str:
     each = len(lanes[0])
     parts = "the whole denoiser" if each == 1 else f"{each} components of it, a device each"
     return f"prompt and negative prompt apart, each on {parts}" if len(lanes) == 2 else f"one pipeline of {each} parts"
-
-
-def _lanes_text(plan: LanesPlan) -> list[str]:
-    return [
-        f"CFG above 1: {_without_name(plan.promise(STEPS, GUIDED))}",
-        f"CFG 1: {_without_name(plan.promise(STEPS, 1))}",
-    ]
-
-
-def _without_name(promise: str) -> str:
-    return promise.removeprefix("ParaStep: ")
 
 
 def settings(sheet: Sheet) -> bool:

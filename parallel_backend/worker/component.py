@@ -20,9 +20,6 @@ from ..units import Flow, Output, needed_by, owner_of
 from .links import Incoming, Links
 from .unknown import Unknown, is_unknown
 
-Outputs = dict[int, list[torch.Tensor]]
-"""The tensors of units' outputs, by unit."""
-
 
 class ComponentDone(BaseException):
     """Leaves the forward after the last own unit. A BaseException, so that no handler inside the model takes it."""
@@ -53,7 +50,6 @@ class Layout:
                 self.sends[other] = wanted
         own = [u for u in range(first, last + 1) if flow.outputs[u] is not None]
         self.last = own[-1] if own else None
-        self.first = own[0] if own else None
 
 
 class Component:
@@ -153,7 +149,7 @@ class Component:
             used = _continued(state) if extrapolate else state.latest
         self._answers = _answers(now, used)
         result = None
-        if now.first is not None or self._final:
+        if now.last is not None or self._final:
             try:
                 result = self._forward(*args, **kwargs)
             except ComponentDone:
@@ -208,7 +204,7 @@ def _tree(output: Output, tensors: list[torch.Tensor]) -> Any:
     return unflatten(output.spec, tensors)
 
 
-def _answers(layout: Layout, arrived: Mapping[int, list[torch.Tensor]]) -> Outputs:
+def _answers(layout: Layout, arrived: Mapping[int, list[torch.Tensor]]) -> dict[int, Any]:
     answers: dict[int, Any] = {}
     for position, units in layout.receives.items():
         tensors = iter(arrived[position])

@@ -89,7 +89,7 @@ def _start(spec: LaunchSpec, channel: HostLine) -> Rank:
 
 
 class Rank:
-    """What one rank holds between messages: an arena, at most one denoiser."""
+    """What one rank holds between messages: arenas, at most one denoiser."""
 
     def __init__(self, spec: LaunchSpec, channel: HostLine, links: Links, device: torch.device):
         self._spec = spec
@@ -153,7 +153,6 @@ class Rank:
         from .models.denoiser import HeldDenoiser
 
         assert message.recipe and message.patches
-        began = time.perf_counter()
         held, recipe = self._held, _own(message.recipe)
         if held is None or (held.recipe, held.cut, held.peers) != (recipe, message.cut, message.peers):
             held = None  # or its weights would stay while others come
@@ -161,9 +160,7 @@ class Rank:
             held = HeldDenoiser(recipe, message.cut, message.peers, self._links, self._device)
         held.patch(message.patches_id, self._tree(message.patches))
         self._held = held
-        return Loaded(
-            nbytes=held.nbytes, shared=held.shared_bytes, units=held.unit_names, seconds=time.perf_counter() - began
-        )
+        return Loaded(nbytes=held.nbytes, shared=held.shared_bytes, units=held.unit_names)
 
     def _unload(self, _message: Unload) -> Ok:
         self._drop()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import comfy.model_management
 import psutil
 import pytest
 
+from campaign import wait_until
 from generation import Request, distance, generate
 from leapfrog.parallel_backend import ComfyHost, LeapfrogError, starting, supervisor
 from ranks import EXACT, load, reference, split, the_pool
@@ -32,8 +32,14 @@ def nothing_is_left() -> Iterator[None]:
     assert not [pool for pool in supervisor._pools.values() if pool.alive]
 
 
-def after(seconds: float, function: Callable[[], None]) -> None:
-    threading.Timer(seconds, function).start()
+def once_they_start(function: Callable[[], object]) -> None:
+    """Call it as soon as both ranks are processes, which need seconds from there until they are ready."""
+
+    def wait() -> None:
+        wait_until(lambda: any(pool.alive and len(pool.processes) == 2 for pool in supervisor._pools.values()), 60)
+        function()
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def prompt() -> None:
@@ -41,7 +47,7 @@ def prompt() -> None:
 
 
 def test_cancelled_while_they_start():
-    after(1.0, lambda: comfy.model_management.interrupt_current_processing(True))
+    once_they_start(lambda: comfy.model_management.interrupt_current_processing(True))
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         prompt()
     assert not [pool for pool in supervisor._pools.values() if pool.alive]
@@ -50,7 +56,7 @@ def test_cancelled_while_they_start():
 
 
 def test_comfyui_ends_while_they_start():
-    after(1.0, supervisor.close_all)
+    once_they_start(supervisor.close_all)
     with pytest.raises(LeapfrogError, match="ended while they started"):
         prompt()
 
@@ -58,7 +64,7 @@ def test_comfyui_ends_while_they_start():
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="only Linux says that a process is halted")
 def test_halted_while_they_start(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(starting, "HALTED_S", 0.5)
-    after(1.0, lambda: os.kill(next(iter(supervisor._pools.values())).pids[1], signal.SIGSTOP))
+    once_they_start(lambda: os.kill(the_pool().pids[1], signal.SIGSTOP))
     with pytest.raises(LeapfrogError, match=r"The process of a rank is halted .*\(rank 1\)"):
         prompt()
 
@@ -79,11 +85,6 @@ def test_what_a_rank_says_when_it_fails(tmp_path: Path):
 
 
 def test_a_rank_that_ends(monkeypatch: pytest.MonkeyPatch):
-    def kill_one() -> None:
-        while not [pool for pool in supervisor._pools.values() if len(pool.processes) == 2]:
-            time.sleep(0.01)
-        psutil.Process(the_pool().pids[1]).kill()
-
-    after(0.0, kill_one)
+    once_they_start(lambda: psutil.Process(the_pool().pids[1]).kill())
     with pytest.raises(LeapfrogError, match=r"A rank was ended by SIGKILL.* at its start\. \(rank 1\)"):
         prompt()

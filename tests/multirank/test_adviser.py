@@ -43,7 +43,7 @@ def test_every_plan_that_was_timed_is_one_that_runs():
     assert survey.facts
     assert survey.facts.nbytes == in_ranks().parts[0].nbytes
     assert survey.facts.whole(1) > 0
-    assert 0 < survey.facts.host < survey.facts.whole(1) + 1
+    assert 0 < survey.facts.host < 0.5, "a round trip, in seconds"
     assert survey.facts.crowd >= 1
     request, kinds = Request(steps=4), set()
     for advice in survey.advise(4, 2, "fastest"):

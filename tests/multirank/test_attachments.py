@@ -44,15 +44,8 @@ from ranks import EXACT, load, split, the_pool
 stock: Any = import_module("nodes")  # ComfyUI's, which a type checker takes for ours
 context_windows: Any = ContextWindowsManualNode.execute
 
-MODES = ["exact"]
-CLOSE_TO_COMFYUI = {"exact": EXACT, "lookahead": 0.1}
 VISIBLE = 1e-3
 """An attachment that changes the result by less proves nothing."""
-
-
-@pytest.fixture(params=MODES)
-def mode(request: pytest.FixtureRequest) -> str:
-    return request.param
 
 
 def sample(
@@ -121,15 +114,15 @@ NODES = {
 
 
 @pytest.mark.parametrize("name", NODES)
-def test_a_node_before_the_split_or_behind_it(name: str, mode: str):
+def test_a_node_before_the_split_or_behind_it(name: str):
     family, put_on, steps = NODES[name]
     theirs = sample(put_on(load(family)), steps=steps)
     assert distance(theirs, plain(family, steps)) > VISIBLE
-    for model in (put_on(split(load(family), mode=mode)), split(put_on(load(family)), mode=mode)):
-        assert distance(sample(model, steps=steps), theirs) < CLOSE_TO_COMFYUI[mode]
+    for model in (put_on(split(load(family), mode="exact")), split(put_on(load(family)), mode="exact")):
+        assert distance(sample(model, steps=steps), theirs) < EXACT
 
 
-def test_many_nodes_at_once(mode: str):
+def test_many_nodes_at_once():
     def put_on(model: Any) -> Any:
         for name in ("ModelSamplingSD3", "APG", "CFGZeroStar", "context windows", "ScaleROPE"):
             model = NODES[name].put_on(model)
@@ -137,7 +130,7 @@ def test_many_nodes_at_once(mode: str):
 
     theirs = sample(put_on(load("flux")))
     assert distance(theirs, plain("flux")) > VISIBLE
-    assert distance(sample(put_on(split(load("flux"), mode=mode))), theirs) < CLOSE_TO_COMFYUI[mode]
+    assert distance(sample(put_on(split(load("flux"), mode="exact"))), theirs) < EXACT
 
 
 class TestConditioning:
@@ -159,13 +152,13 @@ class TestConditioning:
         return found
 
     @pytest.mark.parametrize("family", ["flux", "unet"])
-    def test_all_of_them_on_both_sides(self, family: str, mode: str):
+    def test_all_of_them_on_both_sides(self, family: str):
         (late,) = stock.ConditioningSetTimestepRange().set_range(prompt(5), 0.5, 1.0)
         positive, negative = self.combined(), [*prompt(100), *late, *self.masked("default")]
         theirs = sample(load(family), positive, negative, steps=3)
         assert distance(theirs, plain(family, 3)) > VISIBLE
-        ours = sample(split(load(family), mode=mode), positive, negative, steps=3)
-        assert distance(ours, theirs) < CLOSE_TO_COMFYUI[mode]
+        ours = sample(split(load(family), mode="exact"), positive, negative, steps=3)
+        assert distance(ours, theirs) < EXACT
 
     @pytest.mark.parametrize(
         "positive",
@@ -183,10 +176,10 @@ class TestConditioning:
         ],
         ids=["area", "mask", "mask bounds", "combine", "average", "concat", "timestep range"],
     )  # fmt: skip
-    def test_each(self, positive: Callable[[], Conditioning], mode: str):
+    def test_each(self, positive: Callable[[], Conditioning]):
         theirs = sample(load("flux"), positive())
         assert distance(theirs, plain("flux")) > VISIBLE
-        assert distance(sample(split(load("flux"), mode=mode), positive()), theirs) < CLOSE_TO_COMFYUI[mode]
+        assert distance(sample(split(load("flux"), mode="exact"), positive()), theirs) < EXACT
 
 
 class TestControlNet:
@@ -201,24 +194,24 @@ class TestControlNet:
 
     @pytest.mark.parametrize("family", ["unet", "flux"])
     @pytest.mark.parametrize(("start", "end"), [(0.0, 1.0), (0.2, 0.6)])
-    def test_on_both_sides(self, family: str, start: float, end: float, mode: str):
+    def test_on_both_sides(self, family: str, start: float, end: float):
         conditioning = self.controlled(family, start=start, end=end)
         theirs = sample(load(family), *conditioning)
         assert distance(theirs, plain(family)) > VISIBLE
         if end < 1:
             assert distance(theirs, sample(load(family), *self.controlled(family))) > VISIBLE
-        assert distance(sample(split(load(family), mode=mode), *conditioning), theirs) < CLOSE_TO_COMFYUI[mode]
+        assert distance(sample(split(load(family), mode="exact"), *conditioning), theirs) < EXACT
 
     @pytest.mark.parametrize("on", ["positive", "negative"])
-    def test_on_one_side(self, on: str, mode: str):
+    def test_on_one_side(self, on: str):
         both = self.controlled("unet")
         conditioning = (both[0], prompt(100)) if on == "positive" else (prompt(1), both[1])
         theirs = sample(load("unet"), *conditioning)
         assert distance(theirs, plain("unet")) > VISIBLE
         assert distance(theirs, sample(load("unet"), *both)) > VISIBLE
-        assert distance(sample(split(load("unet"), mode=mode), *conditioning), theirs) < CLOSE_TO_COMFYUI[mode]
+        assert distance(sample(split(load("unet"), mode="exact"), *conditioning), theirs) < EXACT
 
-    def test_two_of_them_and_a_lora_and_a_batch(self, mode: str):
+    def test_two_of_them_and_a_lora_and_a_batch(self):
         conditioning = stock.ControlNetApplyAdvanced().apply_controlnet(
             *self.controlled("flux"), tiny_attachments.controlnet("flux"), 1 - self.image, 0.5, 0.3, 1.0
         )
@@ -226,11 +219,11 @@ class TestControlNet:
         latent = {"samples": torch.zeros(2, 16, 8, 8)}
         alone, behind = (
             comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
-            for model in (load("flux"), split(load("flux"), mode=mode))
+            for model in (load("flux"), split(load("flux"), mode="exact"))
         )
         theirs = sample(alone, *conditioning, latent=latent)
-        assert distance(sample(behind, *conditioning, latent=latent), theirs) < CLOSE_TO_COMFYUI[mode]
-        without = sample(split(load("flux"), mode=mode), latent=latent)
+        assert distance(sample(behind, *conditioning, latent=latent), theirs) < EXACT
+        without = sample(split(load("flux"), mode="exact"), latent=latent)
         assert distance(theirs, without) > VISIBLE
 
 
@@ -242,31 +235,31 @@ class TestLatent:
     left[..., :32] = 1
     slope = torch.linspace(0, 1, 64).expand(1, 1, 64, 64)
 
-    def test_image_to_image(self, mode: str):
+    def test_image_to_image(self):
         latent = {"samples": self.picture}
         theirs = sample(load("flux"), latent=latent, denoise=0.5)
         assert distance(theirs, sample(load("flux"), latent=latent)) > VISIBLE
-        ours = sample(split(load("flux"), mode=mode), latent=latent, denoise=0.5)
-        assert distance(ours, theirs) < CLOSE_TO_COMFYUI[mode]
+        ours = sample(split(load("flux"), mode="exact"), latent=latent, denoise=0.5)
+        assert distance(ours, theirs) < EXACT
 
-    def test_a_noise_mask(self, mode: str):
+    def test_a_noise_mask(self):
         (latent,) = stock.SetLatentNoiseMask().set_mask({"samples": self.picture}, self.left)
         theirs = sample(load("flux"), latent=latent)
         assert distance(theirs[..., 4:], self.picture[..., 4:]) < EXACT
         assert distance(theirs[..., :4], self.picture[..., :4]) > VISIBLE
-        assert distance(sample(split(load("flux"), mode=mode), latent=latent), theirs) < CLOSE_TO_COMFYUI[mode]
+        assert distance(sample(split(load("flux"), mode="exact"), latent=latent), theirs) < EXACT
 
-    def test_differential_diffusion(self, mode: str):
+    def test_differential_diffusion(self):
         def put_on(model: Any) -> Any:
             return DifferentialDiffusion.execute(model).args[0]
 
         (latent,) = stock.SetLatentNoiseMask().set_mask({"samples": self.picture}, self.slope)
         theirs = sample(put_on(load("flux")), latent=latent)
         assert distance(theirs, sample(load("flux"), latent=latent)) > VISIBLE
-        for model in (put_on(split(load("flux"), mode=mode)), split(put_on(load("flux")), mode=mode)):
-            assert distance(sample(model, latent=latent), theirs) < CLOSE_TO_COMFYUI[mode]
+        for model in (put_on(split(load("flux"), mode="exact")), split(put_on(load("flux")), mode="exact")):
+            assert distance(sample(model, latent=latent), theirs) < EXACT
 
-    def test_a_model_for_inpainting(self, mode: str):
+    def test_a_model_for_inpainting(self):
         image = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(13))
         model = comfy.sd.load_diffusion_model(str(tiny_attachments.tiny_inpainting_unet()))
         vae = tiny_attachments.vae_of_four_channels()
@@ -278,24 +271,24 @@ class TestLatent:
 
         theirs = inpaint(model, self.left)
         assert distance(theirs, inpaint(model, 1 - self.left)) > VISIBLE
-        assert distance(inpaint(split(model, mode=mode), self.left), theirs) < CLOSE_TO_COMFYUI[mode]
+        assert distance(inpaint(split(model, mode="exact"), self.left), theirs) < EXACT
 
 
 class TestWeightPatches:
     @pytest.mark.parametrize("kind", tiny_attachments.loras())
-    def test_of_every_kind(self, kind: str, mode: str):
+    def test_of_every_kind(self, kind: str):
         def put_on(model: Any) -> Any:
             return comfy.sd.load_lora_for_models(model, None, dict(tiny_attachments.loras()[kind]), 0.7, 0)[0]
 
         without = plain("flux")
         theirs = sample(put_on(load("flux")))
         assert distance(theirs, without) > VISIBLE
-        unpatched = split(load("flux"), mode=mode)  # from a model that ComfyUI has just run with its weights patched
-        for model in (put_on(unpatched), split(put_on(load("flux")), mode=mode)):
-            assert distance(sample(model), theirs) < CLOSE_TO_COMFYUI[mode]
-            assert distance(sample(unpatched), without) < CLOSE_TO_COMFYUI[mode]
+        unpatched = split(load("flux"), mode="exact")  # from a model that ComfyUI has just run with its weights patched
+        for model in (put_on(unpatched), split(put_on(load("flux")), mode="exact")):
+            assert distance(sample(model), theirs) < EXACT
+            assert distance(sample(unpatched), without) < EXACT
 
-    def test_several_on_both_sides(self, mode: str):
+    def test_several_on_both_sides(self):
         def put_on(model: Any, *kinds: str) -> Any:
             for kind in kinds:
                 lora = dict(tiny_attachments.loras()[kind])
@@ -306,10 +299,10 @@ class TestWeightPatches:
         theirs = sample(put_on(load("flux"), *kinds))
         for one_less in (kinds[1:], kinds[:-1]):
             assert distance(theirs, sample(put_on(load("flux"), *one_less))) > VISIBLE
-        ours = sample(put_on(split(put_on(load("flux"), *kinds[:2]), mode=mode), *kinds[2:]))
-        assert distance(ours, theirs) < CLOSE_TO_COMFYUI[mode]
+        ours = sample(put_on(split(put_on(load("flux"), *kinds[:2]), mode="exact"), *kinds[2:]))
+        assert distance(ours, theirs) < EXACT
 
-    def test_a_lora_that_widens_the_first_layer_takes_its_picture(self, mode: str):
+    def test_a_lora_that_widens_the_first_layer_takes_its_picture(self):
         def put_on(model: Any) -> Any:
             lora = dict(tiny_attachments.loras()["wider first layer"])
             return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0)[0]
@@ -317,18 +310,18 @@ class TestWeightPatches:
         positive = prompt(1, concat_latent_image=noise((1, 16, 8, 8), 77))
         theirs = sample(put_on(load("flux")), positive)
         assert distance(theirs, sample(put_on(load("flux")))) > VISIBLE
-        assert distance(sample(put_on(split(load("flux"), mode=mode)), positive), theirs) < CLOSE_TO_COMFYUI[mode]
+        assert distance(sample(put_on(split(load("flux"), mode="exact")), positive), theirs) < EXACT
 
 
 @pytest.mark.parametrize("behind", [True, False])
-def test_a_compiled_model_is_computed_by_the_ranks_and_nothing_is_traced_here(behind: bool, mode: str):
+def test_a_compiled_model_is_computed_by_the_ranks_and_nothing_is_traced_here(behind: bool):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    model = load("flux") if not behind else split(load("flux"), mode=mode)
+    model = load("flux") if not behind else split(load("flux"), mode="exact")
     model = TorchCompileModel.execute(model, "inductor").args[0]
-    model = model if behind else split(model, mode=mode)
+    model = model if behind else split(model, mode="exact")
     denoiser = model.model.diffusion_model
-    assert distance(sample(model), plain("flux")) < CLOSE_TO_COMFYUI[mode]
+    assert distance(sample(model), plain("flux")) < EXACT
     assert model.model.diffusion_model is denoiser
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
 
@@ -363,24 +356,24 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_needs_the_denoiser_itself_is_named_and_the_ranks_go_on(name: str, mode: str):
+def test_what_needs_the_denoiser_itself_is_named_and_the_ranks_go_on(name: str):
     positive, said = REFUSED[name]
     assert distance(sample(load("unet"), positive()), plain("unet")) > VISIBLE, "it does not work in ComfyUI alone"
-    model = split(load("unet"), mode=mode)
+    model = split(load("unet"), mode="exact")
     sample(model)
     pids = the_pool().pids
     with pytest.raises(LeapfrogError) as caught:
         sample(model, positive())
     assert caught.value.report.code == "unsupported_patch"
     assert said in str(caught.value).lower()
-    assert distance(sample(model), plain("unet")) < CLOSE_TO_COMFYUI[mode]
+    assert distance(sample(model), plain("unet")) < EXACT
     assert the_pool().pids == pids
 
 
 @pytest.mark.parametrize("kind", [comfy.controlnet.ControlNetSD35, comfy.controlnet.QwenFunControlNet])
-def test_a_control_behind_another_is_found(kind: type[comfy.controlnet.ControlNet], mode: str):
+def test_a_control_behind_another_is_found(kind: type[comfy.controlnet.ControlNet]):
     front, *_ = TestControlNet().controlled("flux")
     front[0][1]["control"].set_previous_controlnet(kind(None))
     with pytest.raises(LeapfrogError) as caught:
-        sample(split(load("flux"), mode=mode), front)
+        sample(split(load("flux"), mode="exact"), front)
     assert "needs the denoiser's weights" in str(caught.value)

@@ -77,6 +77,7 @@ def test_exact_mode_is_comfyui(ranks: int, name: str):
     ours = families.sample(model, family)
     off = distance(ours, reference(name))
     cut = in_ranks().cut
+    assert cut
     assert len(cut.bounds) == ranks
     family_table.add(name, units=len(cut.units), exact={ranks: off})
     assert off < EXACT
@@ -91,6 +92,7 @@ def test_asynchronous_modes_run_and_repeat(mode: str, name: str):
     assert torch.isfinite(ours).all()
     theirs = families.sample(model_of(name), family, steps=6)
     cut = in_ranks().cut
+    assert cut
     first = cut.units[: cut.bounds[0][1] + 1]
     fresh = name == ENCODES_FIRST or all(any(part in unit for part in PROMPT_ALONE) for unit in first)
     if not fresh or mode == "lookahead":

@@ -61,7 +61,7 @@ def test_time_shift_changes_asynchronous_steps_only():
 
 
 def test_a_tighter_bound_is_closer():
-    assert fidelity(mode="lookahead", warmup=0, drift_bound=0.0005) >= fidelity(mode="lookahead", warmup=0)
+    assert fidelity(mode="lookahead", warmup=0, drift_bound=0.0005) > fidelity(mode="lookahead", warmup=0) + 3
 
 
 def test_an_automatic_warm_up_ends_by_itself(caplog: pytest.LogCaptureFixture):

@@ -23,7 +23,7 @@ from leapfrog.parallel_backend.channel import Channel
 from leapfrog.parallel_backend.errors import HINTS, ErrorReport
 from leapfrog.parallel_backend.handshake import Door, listen
 from leapfrog.parallel_backend.protocol import Done, FromHost, FromJoiner, FromRank, Loaded, Orders, ToJoiner
-from leapfrog.parallel_backend.report import TRACE_DIR, RunReport
+from leapfrog.parallel_backend.report import RunReport
 from pack import ROOT
 
 
@@ -55,7 +55,7 @@ def test_an_error_says_what_happened_where_and_what_to_do(code: str):
 
 
 def test_a_code_outside_the_registry_is_a_mistake():
-    with pytest.raises(KeyError, match="no_such_code"):
+    with pytest.raises(ValueError, match="no_such_code"):
         LeapfrogError.of("no_such_code", "What?")
 
 
@@ -318,7 +318,7 @@ def test_the_report_says_what_ran_where(report: RunReport):
 
 def test_the_trace_has_a_row_per_rank(report: RunReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert report.save_trace() is None
-    monkeypatch.setenv(TRACE_DIR, str(tmp_path / "new"))
+    monkeypatch.setenv("LEAPFROG_TRACE_DIR", str(tmp_path / "new"))
     path = report.save_trace()
     assert path is not None
     trace = json.loads(path.read_text())

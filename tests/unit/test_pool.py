@@ -380,7 +380,7 @@ class TestSupervisor:
     ):
         monkeypatch.setenv("LEAPFROG_IDLE_S", text)
         assert supervisor.idle_s() == 3600
-        assert f"LEAPFROG_IDLE_S={text} is no number of seconds" in caplog.text
+        assert f"LEAPFROG_IDLE_S={text} is not a valid number of seconds" in caplog.text
 
     def test_a_start_that_fails_leaves_the_place_free(self, monkeypatch: pytest.MonkeyPatch):
         good = supervisor.start_ranks

@@ -113,8 +113,7 @@ def test_rows_of_a_head_are_rows_of_the_tensor(data: st.DataObject, rows: int, r
     arena = Arena.create(size)
     try:
         arena.write([tensor], [head])
-        assert torch.equal(arena.view(slice_rows(head, rows, begin, end)), tensor[begin:end])
-        assert slice_rows(head, rows + 1, begin, end) == head, "no rows of that number: all of it goes"
+        assert torch.equal(arena.view(slice_rows(head, begin, end)), tensor[begin:end])
     finally:
         arena.close()
 
