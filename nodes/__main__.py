@@ -15,8 +15,16 @@ from typing import Any
 PACKAGE = "leapfrog"
 
 
-def _end_with_doctor() -> None:
-    while os.read(0, 4096):
+def _away_from_stdin() -> int:
+    """The death pipe under another number, as in a rank (parallel_backend/__main__.py)."""
+    pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return pipe
+
+
+def _end_with_doctor(pipe: int) -> None:
+    while os.read(pipe, 4096):
         pass
     os._exit(3)
 
@@ -63,7 +71,7 @@ def _load_pack(folder: Path) -> Any:
 
 def main() -> None:
     orders = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_doctor, name="death-pipe", daemon=True).start()
+    threading.Thread(target=_end_with_doctor, args=(_away_from_stdin(),), name="death-pipe", daemon=True).start()
     row = _rows()
     sys.path[0] = orders["comfy_root"]  # in place of this folder
     _boot_comfyui(orders["flags"])

@@ -57,9 +57,9 @@ class LeapfrogAdviser(io.ComfyNode):
                     options=list(Survey.WISHES),
                     default="balanced",
                     tooltip=(
-                        "balanced: the fastest that is expected to come within 50 dB (PSNR) of ComfyUI alone, which "
-                        "is hard to see. faithful: the same with 65 dB. fastest: whatever the difference. least "
-                        "memory: the fewest weights on each device; among equals what comes within 50 dB."
+                        "balanced: the fastest that is expected to reach at least 50 dB (PSNR to ComfyUI alone), a "
+                        "difference that is hard to see. faithful: the same with 65 dB. fastest: whatever the "
+                        "difference. least memory: the fewest weights on each device; among equals what reaches 50 dB."
                     ),
                 ),
             ],

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import comfy.model_patcher
@@ -20,6 +21,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 from ..parallel_backend import LeapfrogError, Rounds
 from .boundaries import conditioning_at, rewind
 from .coroutine import Coroutine, current
+from .inside_patches import variables
 from .scout import NoiseState, Outputs, Question, Scout
 from .shared_noise import with_shared_noise
 
@@ -94,6 +96,18 @@ def uncompiled(model_options: dict[str, Any]) -> dict[str, Any]:
     return copied
 
 
+def remembering(model_options: dict[str, Any]) -> str:
+    """The name of a function of the guidance that sets variables around it (APG's momentum does); empty for none.
+
+    It would take a rejected evaluation for a step that was taken.
+    """
+    functions = [model_options.get("sampler_cfg_function")]
+    for kind in ("sampler_pre_cfg_function", "sampler_post_cfg_function"):
+        functions += model_options.get(kind, ())
+    own = [function for function in functions if isinstance(function, FunctionType)]
+    return next((function.__qualname__.split(".")[0] for function in own if variables(function.__code__)[1]), "")
+
+
 def check_sampler(sampler: Any) -> None:
     """Raises LeapfrogError unsupported_sampler, by name, for a SAMPLER that cannot be looked ahead of."""
     name = sampler_name(sampler)
@@ -109,6 +123,11 @@ class AheadSampler(comfy.samplers.KSAMPLER):
     """A SAMPLER around ``base``. ``last_run`` is what its last run took (``rounds.Taken``)."""
 
     rolling = False
+
+    @property
+    def finishes_rejected(self) -> bool:
+        """Whether the guidance sees evaluations that are rejected: a pipeline drops them before."""
+        return False
 
     def __init__(self, base: comfy.samplers.KSAMPLER):
         super().__init__(self._sample, dict(base.extra_options), base.inpaint_options)
@@ -151,6 +170,9 @@ class AheadSampler(comfy.samplers.KSAMPLER):
         def schedule() -> Any:
             if "easycache" in extra_args.get("model_options", {}).get("transformer_options", {}):
                 self.note("steps are taken one by one: EasyCache or LazyCache decides from one to the next")
+                return None
+            if self.finishes_rejected and (name := remembering(extra_args["model_options"])):
+                self.note(f"steps are taken one by one: {name} remembers the step before")
                 return None
             return self.schedule(len(sigmas) - 1, short)
 

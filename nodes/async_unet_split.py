@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from inspect import cleandoc
 
 from comfy_api.v0_0_2 import io
 
 from ..parallel_backend import LeapfrogError, SplitDenoiser, SplitPlan
-from .node_text import DEVICES
+from .node_text import DEVICES, shower, teller
 from .recipe import comfy_host, own_device, patches_of, recipe_of, weight_bytes
 from .standin import StandInPatcher
-
-log = logging.getLogger("leapfrog")
 
 
 class AsyncUNetSplit(io.ComfyNode):
@@ -47,8 +44,8 @@ class AsyncUNetSplit(io.ComfyNode):
                     max=SplitPlan.MOST,
                     tooltip=(
                         "How many parts to cut the denoiser into. 0 is automatic: a part for each device, except that "
-                        "with CFG above 1 prompt and negative prompt take half of the devices each, so that two "
-                        "devices hold the whole model each. 2 or more on as many devices: always cut."
+                        "with CFG above 1 prompt and negative prompt take half of an even number of devices each, "
+                        "so that two devices hold the whole model each. 2 or more on as many devices: always cut."
                     ),
                 ),
                 io.Int.Input(
@@ -92,7 +89,8 @@ class AsyncUNetSplit(io.ComfyNode):
                     tooltip=(
                         "Prompt and negative prompt on different devices, which is exact. auto: with CFG above 1 and "
                         "an even number of devices, before cutting deeper; with two devices each then holds the "
-                        "whole denoiser, if it fits. off, or 2 components on 2 devices: always cut."
+                        "whole denoiser, if it fits. on: the same, even if free memory looks too small (an error with "
+                        "an odd number). off, or 2 components on 2 devices: always cut."
                     ),
                 ),
                 io.Float.Input(
@@ -135,6 +133,7 @@ class AsyncUNetSplit(io.ComfyNode):
                     ),
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
             outputs=[io.Model.Output(tooltip="The same model, computed on all devices. Connect it as usual.")],
         )
 
@@ -150,10 +149,10 @@ class AsyncUNetSplit(io.ComfyNode):
             time_shift=time_shift, cut=cut, stride=stride, balance=balance, own=own_device(),
         )  # fmt: skip
         if len(plan.devices) == 1:
-            log.info("Leapfrog: one device (%s), so Async UNet Split passes the MODEL through.", plan.devices[0])
+            teller(cls)(f"one device ({plan.devices[0]}), so Async UNet Split passes the MODEL through.")
             return io.NodeOutput(model)
         plan.check(model.model.diffusion_model)
         size = weight_bytes(model.model.diffusion_model)
-        denoiser = SplitDenoiser(plan, recipe_of(model), comfy_host(), size)
+        denoiser = SplitDenoiser(plan, recipe_of(model), comfy_host(), size, shower(cls))
         denoiser.check_patches(patches_of(model))
         return io.NodeOutput(StandInPatcher.of(model, denoiser))

@@ -41,6 +41,7 @@ def _refuse_control(control: comfy.controlnet.ControlBase | None) -> None:
         for kind, name in READ_WEIGHTS.items():
             if isinstance(control, kind):
                 raise LeapfrogError.of(
-                    "unsupported_patch", f"The conditioning carries {name}, which needs the denoiser's weights."
+                    "unsupported_patch",
+                    f"The conditioning carries {name}, which needs the denoiser's weights; ParaStep can use it.",
                 )
         control = control.previous_controlnet

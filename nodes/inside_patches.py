@@ -212,7 +212,7 @@ class _Writer:
         if [code] != [c for c in _codes_inside(function) if c.co_firstlineno == code.co_firstlineno]:
             raise TypeError(f"{named}{label}, which {function.__globals__['__file__']} does not define")
         cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-        reads, writes = _variables(code)
+        reads, writes = variables(code)
         self._read |= {id(cells[name]) for name in reads}
         self._written |= {id(cells[name]): f"the variable '{name}' of {label}" for name in writes}
         return [
@@ -279,7 +279,7 @@ def _codes_inside(function: FunctionType) -> list[CodeType]:
     return codes
 
 
-def _variables(code: CodeType) -> tuple[set[str], set[str]]:
+def variables(code: CodeType) -> tuple[set[str], set[str]]:
     """The variables of functions around it that a function reads, and those that it sets."""
     reads, writes = set(), set()
     for step in dis.get_instructions(code):
@@ -289,7 +289,7 @@ def _variables(code: CodeType) -> tuple[set[str], set[str]]:
             writes.add(step.argval)
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            inner_reads, inner_writes = _variables(inner)
+            inner_reads, inner_writes = variables(inner)
             reads |= inner_reads
             writes |= inner_writes
     free = set(code.co_freevars)

@@ -14,16 +14,26 @@ DEVICES = (
 """Tooltip of the input ``devices``."""
 
 
-def teller(node: Any) -> Callable[[str], None]:
-    """A function that logs a line and shows it on ``node``, where a server is there to do that."""
+def shower(node: Any) -> Callable[[str], None]:
+    """A function that shows a line on ``node``, where a server is there to do that."""
     unique_id = getattr(getattr(node, "hidden", None), "unique_id", None)
 
-    def tell(text: str) -> None:
+    def show(text: str) -> None:
         from server import PromptServer
 
-        log.info("Leapfrog: %s", text)
         there = getattr(PromptServer, "instance", None)
         if there is not None and unique_id is not None:
             there.send_progress_text(text, unique_id)
+
+    return show
+
+
+def teller(node: Any) -> Callable[[str], None]:
+    """A function that logs a line and shows it on ``node``."""
+    show = shower(node)
+
+    def tell(text: str) -> None:
+        log.info("Leapfrog: %s", text)
+        show(text)
 
     return tell

@@ -22,7 +22,7 @@ OPTIONS = [
         tooltip=(
             "How far a predicted step may be from the true one before it is computed again. faithful: closest, least "
             "speed. balanced: very close. fast: small details may differ. exact: the picture of one device, seldom "
-            "faster. unguarded: nothing is computed again, whatever comes of it; set warmup_steps to 3 or more."
+            "faster. unguarded: nothing is computed again, however wrong it is; set warmup_steps to 3 or more."
         ),
     ),
     io.Int.Input(

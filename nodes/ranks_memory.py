@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -87,23 +88,26 @@ class LanesMemory(RanksPatcher):
     def largest_share(self) -> int:
         return self._denoiser.nbytes
 
-    def announce(self, model: comfy.model_patcher.ModelPatcher, used: Sequence[Any] = ()) -> None:
-        """Free the host's GPU of what the ranks need it for, and have the memory manager know of them.
+    def announce(
+        self, model: comfy.model_patcher.ModelPatcher, used: Sequence[Any] = (), activations: float = 0.0
+    ) -> None:
+        """Free GPUs of what the ranks need them for, and have the memory manager know of the ranks.
 
-        That is its own copy of the weights, which it has just put there, and, before ranks have loaded, what else lies
-        there; not the MODEL itself, which is in use, nor what else is ``used`` in the run (ControlNets).
+        That is, on the host's, its own copy of the weights, which it has just put there, and on every GPU where ComfyUI
+        has put a model whatever is in the way of a rank's weights, if it has not loaded them yet, and of the bytes of
+        its ``activations``; not the MODEL itself, which is in use, nor what else is ``used`` in the run (ControlNets).
         """
         manager = comfy.model_management
         if self.load_device.type == "cuda":
             model.partially_unload(torch.device("cpu"), model.loaded_size())
-            if self.ranks_here and not self.loaded_size():
-                in_use = [
-                    one
-                    for one in manager.current_loaded_models
-                    if one.model and (one.model.is_clone(model) or any(one.model.is_clone(other) for other in used))
-                ]
-                room = 1.1 * self.model_size() + manager.minimum_inference_memory()
-                manager.free_memory(room, self.load_device, keep_loaded=in_use)
+            loaded = manager.current_loaded_models
+            in_use = [one for one in loaded if one.model and any(map(one.model.is_clone, (self, model, *used)))]
+            for rank, name in enumerate(self.denoiser.devices):
+                device = torch.device(name) if name.startswith("cuda") else None
+                if device == self.load_device or any(one.device == device for one in loaded if one.model):
+                    weights = 0.0 if self.denoiser.loaded_bytes(rank) else 1.1 * self.largest_share
+                    room = weights + max(activations, manager.minimum_inference_memory())
+                    manager.free_memory(room, device, keep_loaded=in_use)
             manager.soft_empty_cache()
         known = manager.LoadedModel(self)
         if known not in manager.current_loaded_models:
@@ -117,10 +121,13 @@ class LanesMemory(RanksPatcher):
 
 
 @contextmanager
-def takes_no_memory(base: Any) -> Iterator[None]:
-    """ComfyUI makes several calls of what does not fit the host's device, which is not where it is computed."""
-    own = base.__dict__.get("memory_required")
-    base.memory_required = lambda *args, **kwargs: 0.0
+def calls_that_fit(base: Any, room: float = math.inf) -> Iterator[None]:
+    """ComfyUI makes several calls of what does not fit the host's device, which is not where it is computed.
+
+    For the time of the context one of a model's calls fits if it needs no more bytes than ``room``.
+    """
+    own, required = base.__dict__.get("memory_required"), base.memory_required
+    base.memory_required = lambda *args, **kwargs: 0.0 if required(*args, **kwargs) <= room else math.inf
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError, Recipe
 from .ahead import AheadSampler, Wave, check_sampler, sampler_name
 from .one_call import as_one, can_be_one, lanes_of
-from .ranks_memory import LanesMemory, takes_no_memory
+from .ranks_memory import LanesMemory, calls_that_fit
 from .recipe import comfy_host, patches_of, recipe_of, weight_bytes
 from .scout import Outputs, Question
 from .standin import StandInPatcher, remote_twin
@@ -53,12 +54,16 @@ class RoundsSampler(AheadSampler):
         self._notes: list[str] = []
 
     @property
+    def finishes_rejected(self) -> bool:
+        return self.plan.bound < math.inf
+
+    @property
     def _denoiser(self) -> LanesDenoiser | None:
         return self._memory.denoiser if self._memory else None
 
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model
-        denoiser = self._denoiser_for(guider)
+        denoiser = self._denoiser_for(guider, x)
         args = extra_args or {}
         base = guider.inner_model
         twin = remote_twin(base, copy.copy(base.diffusion_model), denoiser)
@@ -68,7 +73,7 @@ class RoundsSampler(AheadSampler):
         denoiser.begin_run()
         self._notes.clear()
         try:
-            with takes_no_memory(base):
+            with calls_that_fit(base):
                 args = {**args, "model_options": through}
                 result = super()._sample(model, x, sigmas, args, callback, disable, **options)
             self._tell("ParaStep: " + "; ".join([self.last_run.summary(), *self._notes]))
@@ -110,7 +115,7 @@ class RoundsSampler(AheadSampler):
         self._denoiser.note(text)
         self._notes.append(text)
 
-    def _denoiser_for(self, guider: Any) -> LanesDenoiser:
+    def _denoiser_for(self, guider: Any, x: torch.Tensor) -> LanesDenoiser:
         patcher = guider.model_patcher
         second = getattr(guider, "uncond_model_patcher", None)
         if isinstance(patcher, StandInPatcher) or isinstance(second, StandInPatcher):
@@ -127,7 +132,11 @@ class RoundsSampler(AheadSampler):
         self._memory = memory = self.memory_for(patcher, recipe)
         memory.denoiser.check_patches(patches_of(patcher))
         also = [getattr(guider, name, None) or () for name in ("loaded_models", "uncond_loaded")]
-        memory.announce(patcher, [*also[0], *also[1], second])
+        rows = math.ceil(len(x) * max(1.0, 2 * self.plan.lanes / len(self.plan.devices)))
+        memory.announce(patcher, [*also[0], *also[1], second], patcher.memory_required([rows, *x.shape[1:]]))
+        kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+        if not patcher.get_wrappers(kind, "leapfrog"):
+            patcher.add_wrapper_with_key(kind, "leapfrog", stepping_aside)
         return memory.denoiser
 
     def memory_for(self, patcher: comfy.model_patcher.ModelPatcher, recipe: Recipe) -> LanesMemory:
@@ -147,6 +156,13 @@ def step_aside(model: comfy.model_patcher.ModelPatcher) -> None:
     """Before ComfyUI loads its own copy of a MODEL: it is not to have the ranks drop theirs to make room for that."""
     for memory in _memories.get(model.model, {}).values():
         memory.step_aside()
+
+
+def stepping_aside(executor: Any, noise: Any, latent_image: Any, sampler: Any, *args: Any, **kwargs: Any) -> Any:
+    """An OUTER_SAMPLE wrapper of a MODEL that ParaStep has sampled: what comes next is that ComfyUI loads its copy."""
+    if isinstance(sampler, RoundsSampler):
+        step_aside(executor.class_obj.model_patcher)
+    return executor(noise, latent_image, sampler, *args, **kwargs)
 
 
 _memories: WeakKeyDictionary[comfy.model_base.BaseModel, dict[tuple[tuple[str, ...], Recipe], LanesMemory]] = (

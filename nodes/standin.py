@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import weakref
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -22,12 +23,12 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWA
 from ..parallel_backend import SplitDenoiser
 from .host_weights import refuse_host_weights
 from .lookahead_sampler import look_ahead
-from .ranks_memory import RanksPatcher, takes_no_memory
+from .ranks_memory import RanksPatcher, calls_that_fit
 from .recipe import reshaped_by
 from .remote_forward import RUN, Remote, Run, evaluate, run_wrapped
 
 log = logging.getLogger("leapfrog")
-NO_MEMORY = "leapfrog_takes_no_memory"
+CALLS = "leapfrog_calls"
 
 
 NOTHING_LOADED: dict[str, Any] = {
@@ -154,6 +155,18 @@ class StandInPatcher(RanksPatcher):
         lane = plan.lanes(guided=True, whole_fits=True)[0]
         return self.denoiser.nbytes // (plan.degree or len(lane))
 
+    def _room_for_calls(self) -> float:
+        """Bytes that a call may need: as ComfyUI reckons for itself, but of what the rank on the host's GPU has, where
+        there is one, and of the rows of both lanes. The same for a whole run."""
+        if self.load_device.type == "cpu" or not self.ranks_here:
+            return math.inf
+        free, held, plan = self.get_free_memory(self.load_device), self.loaded_size(), self.denoiser.plan
+        whole = held >= self.denoiser.nbytes if held else self.denoiser.fits(free)
+        lanes = plan.lanes(guided=True, whole_fits=whole)
+        if not held:
+            free -= self.denoiser.nbytes // (len(lanes[0]) - plan.stride + 1)
+        return max(0.0, free / 1.5 * len(lanes))
+
     def load(self, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
              full_load: bool = False) -> None:  # fmt: skip
         """Nothing to move here: the ranks load when the first call tells them the shapes.
@@ -165,7 +178,7 @@ class StandInPatcher(RanksPatcher):
                 weight = comfy.utils.get_attr(self.model, key)
                 self.backup[key] = Original(weight)
                 comfy.utils.set_attr_param(self.model, key, torch.empty(shape, dtype=weight.dtype, device="meta"))
-        if self.ranks_here and not self.loaded_size():
+        if self.ranks_here:
             comfy.model_management.soft_empty_cache()  # other processes cannot use what this one keeps
         self.model.device = device_to
         self.model.current_weight_patches_uuid = self.patches_uuid
@@ -184,12 +197,12 @@ class StandInPatcher(RanksPatcher):
         if TORCH_COMPILE_KWARGS in self.model_options:
             log.warning("Leapfrog: TorchCompileModel has no effect on a split model; the ranks compute uncompiled.")
         self.attachments[RUN] = Run()
-        self.attachments[NO_MEMORY] = no_memory = ExitStack()
-        no_memory.enter_context(takes_no_memory(self.model))
+        self.attachments[CALLS] = calls = ExitStack()
+        calls.enter_context(calls_that_fit(self.model, self._room_for_calls()))
         self.denoiser.begin_run()
 
     def cleanup(self) -> None:
         super().cleanup()
         self.attachments.pop(RUN, None)
-        self.attachments.pop(NO_MEMORY, ExitStack()).close()
+        self.attachments.pop(CALLS, ExitStack()).close()
         self.denoiser.end_run()

@@ -15,8 +15,17 @@ from pathlib import Path
 EXIT_HOST_GONE = 3
 
 
-def _end_with_host() -> None:
-    while os.read(0, 4096):
+def _away_from_stdin() -> int:
+    """The death pipe under another number. On Windows what looks at standard input (NumPy's libraries, when they are
+    loaded) would wait for the guard, which reads from the pipe."""
+    pipe, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    return pipe
+
+
+def _end_with_host(pipe: int) -> None:
+    while os.read(pipe, 4096):
         pass
     os._exit(EXIT_HOST_GONE)
 
@@ -82,7 +91,7 @@ def main() -> None:
     if arguments:
         sys.exit(_join(arguments))
     orders = _read_orders()
-    threading.Thread(target=_end_with_host, name="death-pipe", daemon=True).start()
+    threading.Thread(target=_end_with_host, args=(_away_from_stdin(),), name="death-pipe", daemon=True).start()
     sys.path[0] = json.loads(orders)["comfy_root"]
     _import_backend()
     from parallel_backend.worker.rank import run_rank

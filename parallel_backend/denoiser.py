@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,8 @@ log = logging.getLogger("leapfrog")
 WARM_TIMEOUT_S = 30.0
 WARM_TIMEOUT_FACTOR = 20
 UNLOAD_TIMEOUT_S = 30.0
+# Idle ranks take less; those that still compute what nobody wants may take seconds, and Cancel is not to wait for that.
+RELEASE_S = 0.1
 
 # Weight patches (LoRA and the like) to bake into the ranks' weights: an id that changes whenever they do, a tree, and
 # the new shapes of weights that they widen.
@@ -67,6 +70,8 @@ class RemoteDenoiser:
         if pool and any(kind_of(device) != CPU for device in self.devices):
             with pool.lock:
                 pool.tell(Release(cache=True))
+                with suppress(LeapfrogError):  # the next call tells why
+                    pool.catch_up(RELEASE_S)
         if self.report and self.report.calls:
             for line in self.report.lines():
                 log.info("Leapfrog: %s", line)
@@ -126,6 +131,10 @@ class RemoteDenoiser:
             self._pool.users.discard(self)
             self._pool = None
         self._leaving = False
+
+    def fits(self, free: int) -> bool:
+        """Whether all of it fits a device with so many bytes free."""
+        return self.nbytes <= FOR_WEIGHTS * free
 
     def loaded_bytes(self, rank: int) -> int:
         """Bytes of this denoiser's weights that a rank holds now."""
@@ -194,9 +203,12 @@ class RemoteDenoiser:
             self._first.clear()
         return pool
 
-    def _whole_fits(self, pool: Pool) -> bool:
-        """Whether each device can hold the whole denoiser."""
-        return all(free is None or self.nbytes <= FOR_WEIGHTS * free for free in pool.free)
+    def _whole_fits(self, pool: Pool, tick: Tick) -> bool:
+        """Whether each device can hold the whole denoiser, or does."""
+        held = pool.memory.held
+        if held and held.recipe == self.recipe and held.cut is None:
+            return True
+        return all(free is None or self.fits(free) for free in pool.free(tick))
 
     def _load(self, pool: Pool, cut: Cut | None, lanes: list[list[int]], patches: Patches, tick: Tick) -> list[Loaded]:
         """What the ranks hold, after loading what they do not. ``lanes`` are the ranks of each lane, in order."""

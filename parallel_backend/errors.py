@@ -18,10 +18,10 @@ HINTS = {
     "mixed_devices": (
         "Start ComfyUI with --bf16-unet or --fp16-unet, so that all devices compute alike, or name devices of one kind."
     ),
-    "bad_plan": "Lower the number, or name more devices.",
+    "bad_plan": "Correct it on the node; of numbers that are too high, lower them or name more devices.",
     "no_recipe": (
         "Leapfrog rebuilds the denoiser in its ranks from the file it came from. Use a stock loader "
-        "(Load Diffusion Model, Load Checkpoint) in front of this node."
+        "(Load Diffusion Model, Load Checkpoint) in front of this node, and a safetensors file in place of a GGUF one."
     ),
     "unsupported_model": "Use ParaStep Sampler, which does not cut the denoiser, or take the node out.",
     "unsupported_patch": "Remove the node that adds it, or take Leapfrog's node out of this workflow.",
@@ -40,7 +40,10 @@ HINTS = {
     "no_shared_memory": (
         "Steps travel through /dev/shm. Start a container with --shm-size=8g, or remove what fills /dev/shm."
     ),
-    "rank_oom": "Use a smaller size or batch, more components, or devices with more memory.",
+    "rank_oom": (
+        "Use a smaller size or batch, more components (Async UNet Split), fewer lanes (ParaStep), or devices with more "
+        "memory."
+    ),
     "rank_error": "The rank's traceback is in the log. Please report it with the workflow.",
 }
 

@@ -34,7 +34,10 @@ KEPT = (
     "LD_LIBRARY_PATH LD_PRELOAD VIRTUAL_ENV PYTHONPATH PYTHONHASHSEED PYTHONDONTWRITEBYTECODE CUDA_HOME CUDA_PATH "
     "CUDA_DEVICE_ORDER CUBLAS_WORKSPACE_CONFIG NVIDIA_TF32_OVERRIDE XDG_CACHE_HOME HF_HUB_OFFLINE TRITON_CACHE_DIR CC"
 ).split()
-KEPT_PREFIXES = ("LEAPFROG_", "NCCL_", "RCCL_", "HSA_", "ROCR_", "CUDA_MPS_", "TORCH_NCCL_", "TORCH_ROCM_", "MALLOC_")
+KEPT_PREFIXES = (
+    "LEAPFROG_ NCCL_ TORCH_NCCL_ CUDA_MPS_ MALLOC_ "
+    "RCCL_ HSA_ ROCR_ TORCH_ROCM_ TORCH_BLAS_ MIOPEN_ PYTORCH_TUNABLEOP_ FLASH_ATTENTION_"
+).split()
 # What worker/rank.py puts in front of the lines that have a level; the rest is what libraries print.
 LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):(.*)")
 MAX_LINE = 4096
@@ -46,7 +49,7 @@ def rank_environment(device: str, backend: str, threads: int, address: str = LOO
 
     Raises OSError where no interface of this machine has the address.
     """
-    env = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
+    env = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(tuple(KEPT_PREFIXES))}
     env["PYTHONUNBUFFERED"] = "1"
     env["CUDA_VISIBLE_DEVICES"] = _visible(kind_of(device))
     if threads:

@@ -62,7 +62,9 @@ class SplitPlan:
             if value not in known:
                 raise LeapfrogError.of("bad_plan", f"{what} '{value}' is not one of {', '.join(known)}.")
         if self.warmup < 0 or self.bound <= 0:
-            raise LeapfrogError.of("bad_plan", f"warm-up {self.warmup}, drift bound {self.bound}: both are positive.")
+            raise LeapfrogError.of(
+                "bad_plan", f"warm-up {self.warmup} must not be negative, drift bound {self.bound} must be above 0."
+            )
         if self.stride not in (1, 2) or (self.stride == 2 and self.mode != "asyncdiff"):
             raise LeapfrogError.of("bad_plan", f"stride {self.stride}: 1, or 2 with mode 'asyncdiff'.")
         if self.degree + self.stride - 1 > len(self.devices) or len(self.devices) < self.stride:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import logging
+import math
 import subprocess
 import threading
 import time
@@ -23,11 +24,12 @@ import torch
 
 from .channel import Channel
 from .courier import HostCourier
+from .devices import CPU, kind_of
 from .errors import ErrorReport, LeapfrogError, error_of
 from .guests import RemoteProcess
 from .launcher import RankProcess
 from .pool_memory import PoolMemory
-from .protocol import ANSWERS, Failed, FromRank, HostMessage, Payload, RankMessage, Release, Stop
+from .protocol import ANSWERS, Failed, FromRank, HostMessage, Payload, RankMessage, Release, Room, Stop
 from .settings import step_timeout_s
 from .tensors import Arena, laid_out, trim_heap
 
@@ -90,14 +92,12 @@ class Pool:
 
     Not for several threads at once: callers hold :attr:`lock` for a whole request. :meth:`close` may come from any.
     Each rank works through its messages in the order in which they were sent, so several calls can be under way.
-    ``memory`` is what callers know of this pool's ranks, ``users`` are the objects that may come back for it. ``free``
-    are the bytes that each device had free at the start, None where nobody counts. ``used_at`` is when it was last
-    asked for something, ``had_users_at`` when it was last seen to have users.
+    ``memory`` is what callers know of this pool's ranks, ``users`` are the objects that may come back for it.
+    ``used_at`` is when it was last asked for something, ``had_users_at`` when it was last seen to have users.
     """
 
     def __init__(self, devices: Sequence[str]):
         self.devices = tuple(devices)
-        self.free: list[int | None] = []
         self.lock = threading.RLock()
         self.memory = PoolMemory()
         self.users: weakref.WeakSet[object] = weakref.WeakSet()
@@ -145,9 +145,8 @@ class Pool:
             self._state = state
             return True
 
-    def opened(self, free: Sequence[int | None]) -> None:
+    def opened(self) -> None:
         """All ranks have started."""
-        self.free = list(free)
         for process in self.processes:
             process.starting = False
         self._become(State.READY)
@@ -283,6 +282,29 @@ class Pool:
         finally:
             self.done(call)
         return call.replies
+
+    def free(self, tick: Tick) -> list[int | None]:
+        """Bytes that each rank's device could give if the rank held nothing; None where nobody counts. Errors as in
+        :meth:`wait`."""
+        if all(kind_of(device) == CPU for device in self.devices):
+            return [None] * len(self.devices)
+        ranks = range(len(self.devices))
+        replies = self.request({rank: Room() for rank in ranks}, step_timeout_s(), tick)
+        return [replies[rank].free for rank in ranks]
+
+    def catch_up(self, seconds: float) -> bool:
+        """Wait until all ranks have done what they were told, but not for longer; whether they have.
+
+        Raises LeapfrogError for a rank that is gone.
+        """
+        until = time.monotonic() + seconds
+        call = self.submit({rank: Room() for rank in self.channels}, lambda: None)
+        try:
+            while not call.complete and time.monotonic() < until:
+                self._pump(math.inf, lambda: None)
+        finally:
+            self.done(call)
+        return call.complete
 
     def _pump(self, deadline: float, tick: Tick) -> None:
         """Take in what has arrived; the wait is short. Past the deadline a rank that owes an answer is blamed."""

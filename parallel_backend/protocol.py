@@ -189,6 +189,10 @@ class Probe(HostMessage):
     rounds: list[int] = []
 
 
+class Room(HostMessage):
+    """How much room is there on the device?"""
+
+
 class Unload(HostMessage):
     """Drop the weights; stay ready."""
 
@@ -220,7 +224,11 @@ class Hello(RankMessage):
 
 
 class Ready(RankMessage):
-    """The process group stands. ``free`` are the bytes that the device can give, None where nobody counts."""
+    """The process group stands."""
+
+
+class Vacancy(RankMessage):
+    """Bytes that the device could give if this rank held nothing there, None where nobody counts."""
 
     free: Bytes | None = None
 
@@ -237,7 +245,7 @@ class Traced(RankMessage):
     """The units in the order of evaluation and the flow between them.
 
     ``stem`` and ``head`` are the seconds before the first unit and after the last one; ``shared`` the bytes of the
-    weights outside the units; ``free`` the bytes of memory that the device can give, None where nobody counts.
+    weights outside the units; ``free`` as in :class:`Vacancy`.
     """
 
     units: list[UnitTrace] = []
@@ -292,18 +300,19 @@ class Ok(RankMessage):
     """Plain acknowledgement."""
 
 
-FromHost = Join | Trace | Load | Evaluate | Echo | Probe | Unload | Release | Stop
+FromHost = Join | Trace | Load | Evaluate | Echo | Probe | Room | Unload | Release | Stop
 ANSWERS: dict[type[HostMessage], type[RankMessage]] = {
     Trace: Traced,
     Load: Loaded,
     Evaluate: Done,
     Echo: Done,
     Probe: Probed,
+    Room: Vacancy,
     Unload: Ok,
 }
 """What a rank answers, if it does not answer Failed."""
 
-FromRank = Hello | Ready | Traced | Loaded | Done | Probed | Failed | Ok
+FromRank = Hello | Ready | Traced | Loaded | Done | Probed | Vacancy | Failed | Ok
 
 
 class LineMessage(msgspec.Struct, tag_field="type", tag=str.lower):

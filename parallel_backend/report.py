@@ -59,13 +59,20 @@ class RunReport:
         self.seconds[call] = seconds
         self.ended_at = time.perf_counter()
 
-    def lines(self) -> list[str]:
-        """What the log shows at the end of a run."""
-        calls = len(self.calls)
+    def summary(self) -> str:
+        """The run in a line."""
         kinds = list(self.calls.values())
         counts = ", ".join(f"{kinds.count(k)} {k}" for k in dict.fromkeys(kinds))
-        wall = max(self.ended_at - self.began, 1e-9)
-        lines = [f"{self.title}: {calls} denoiser calls ({counts}) in {wall:.2f} s on {len(self.devices)} ranks"]
+        took = f"{self._wall:.2f} s on {len(self.devices)} ranks"
+        return f"{self.title}: {len(kinds)} denoiser calls ({counts}) in {took}"
+
+    @property
+    def _wall(self) -> float:
+        return max(self.ended_at - self.began, 1e-9)
+
+    def lines(self) -> list[str]:
+        """What the log shows at the end of a run."""
+        lines, wall = [self.summary()], self._wall
         for rank, device in enumerate(self.devices):
             own = [s for s in self.spans if s.rank == rank]
             busy = sum(s.end - s.begin - s.waited for s in own)

@@ -55,8 +55,13 @@ class SplitDenoiser(RemoteDenoiser):
 
     title = "Async UNet Split"
 
-    def __init__(self, plan: SplitPlan, recipe: Recipe, host: ComfyHost, nbytes: int = 0):
+    def __init__(
+        self, plan: SplitPlan, recipe: Recipe, host: ComfyHost, nbytes: int = 0,
+        show: Callable[[str], None] = lambda text: None,
+    ):  # fmt: skip
+        """``show`` gets a line for the user after every run."""
         super().__init__(plan.devices, recipe, host, nbytes)
+        self._show = show
         self.plan = plan
         self._watched = Watched(recipe, plan.devices)
         self._lanes: list[list[int]] = []
@@ -72,6 +77,8 @@ class SplitDenoiser(RemoteDenoiser):
         self._forget_streams()
         if self.plan.mode in STALE_MODES and self.report and "async" not in self.report.calls.values():
             self.note("no step was asynchronous: take fewer warmup_steps, or a larger drift_bound")
+        if self.report and self.report.calls:
+            self._show("; ".join([self.report.summary(), *self.report.notes]))
         super().end_run()
 
     @property
@@ -109,7 +116,7 @@ class SplitDenoiser(RemoteDenoiser):
         pool = self._ready_pool(tick)
         with pool.lock:
             if not self._lanes:
-                self._lanes = self.plan.lanes(len(set(chunks)) > 1, self._whole_fits(pool))
+                self._lanes = self.plan.lanes(len(set(chunks)) > 1, self._whole_fits(pool, tick))
             inside = inputs[1].get("transformer_options", {}).get("inside_patches", {})
             together = "cond_or_uncond" in inside.get("reads", ())
             lanes = _lanes_of_call(self._lanes, first_tensor(x).shape[0], chunks, together)

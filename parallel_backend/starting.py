@@ -72,8 +72,8 @@ def start_ranks(pool: Pool, host: ComfyHost, tick: Tick) -> None:
         hello = start.gather(Hello)
         for channel in pool.channels.values():
             channel.send(Join(store_port=hello[0].store_port, store_host=guests[0].address if 0 in guests else home))
-        ready = start.gather(Ready)
-        pool.opened([ready[rank].free for rank in range(world)])
+        start.gather(Ready)
+        pool.opened()
     except OSError as error:
         raise pool.broken(ErrorReport("rank_start", f"The ranks could not be started: {error}.")) from error
     finally:

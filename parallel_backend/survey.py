@@ -81,7 +81,7 @@ class Survey(LanesDenoiser):
         raise Surveyed(self)
 
     def _measure(self, pool: Pool, call: Rows, x: Any, patches: Patches, tick: Tick) -> Facts:
-        held = self._whole_fits(pool)
+        held = self._whole_fits(pool, tick)
         if held:
             self._load_whole(pool, patches, tick)
         first = self._trace(pool, call, [], patches, held, tick)
@@ -109,7 +109,7 @@ class Survey(LanesDenoiser):
             link=self._link(pool, tick),
             host=self._round_trip(pool, x, tick),
             crowd=crowd,
-            free=min((free for free in pool.free if free is not None), default=None),
+            free=min((free for free in pool.free(tick) if free is not None), default=None),
             batch=call.count // call.group,
         )
 

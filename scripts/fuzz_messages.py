@@ -33,13 +33,14 @@ FROM_HOST = [
     protocol.Load(3, RECIPE, protocol.Cut(["a", "b"], [(0, 0), (1, 1)]), [0, 1], PAYLOAD, "id"),
     protocol.Evaluate(4, PAYLOAD, 4096, 64, 9, 1, 2, FLOW, False, True, True),
     protocol.Echo(5, PAYLOAD, 1, 2), protocol.Unload(6), protocol.Stop(7),
-    protocol.Release(8, ["psm_x", "psm_y"], True), protocol.Probe(9, 0, 1, [1024, 1 << 20], [50, 5]),
+    protocol.Release(8, ["psm_x", "psm_y"], True), protocol.Probe(9, 0, 1, [1024, 1 << 20], [50, 5]), protocol.Room(10),
 ]  # fmt: skip
 FROM_RANK = [
-    protocol.Hello(0, 3), protocol.Ready(1, 5), protocol.Loaded(3, 9, 1, ["a"]), protocol.Ok(6),
+    protocol.Hello(0, 3), protocol.Ready(1), protocol.Loaded(3, 9, 1, ["a"]), protocol.Ok(6),
     protocol.Traced(2, [protocol.UnitTrace(name, 0.5, 8) for name in "abc"], FLOW, 0.1, 0.2, 3, None, "cpu"),
     protocol.Done(4, PAYLOAD, 1.0, 2.0, 0.5, 7, 0.25),
     protocol.Failed(5, ErrorReport("rank_oom", "no", 1, 2, "here")), protocol.Probed(9, [1e-4, 2e-3], True),
+    protocol.Vacancy(10, 11),
 ]  # fmt: skip
 ORDERS = protocol.LaunchSpec(1, 2, "b/cpu", "gloo", 1, 4711, SECRET, "/comfy", ["--cpu"], 600.0, "10.0.0.1", "10.0.0.2")
 FROM_JOINER = [

@@ -152,7 +152,7 @@ def _shared_memory(sheet: Sheet) -> None:
     if free < SHARED_MEMORY_LEAST:
         sheet.problem(
             f"Only {free / 1e6:.0f} MB of shared memory (/dev/shm) are free; the tensors of a step go through it.",
-            "Start a container with --shm-size=1g, or remove what fills /dev/shm.",
+            "Start a container with --shm-size=8g, or remove what fills /dev/shm.",
         )
 
 

@@ -42,7 +42,9 @@ def self_test(sheet: Sheet, devices: Sequence[str], host: ComfyHost, tick: Tick)
         pids = pool.pids
         try:
             took = f"{time.perf_counter() - began:.1f} s"
-            sheet.row("start", f"ok, {len(devices)} ranks, talking {backend_of(devices)[0]}, in {took}{_free(pool)}")
+            sheet.row(
+                "start", f"ok, {len(devices)} ranks, talking {backend_of(devices)[0]}, in {took}{_free(pool, tick)}"
+            )
             _echo(sheet, pool, tick)
             _links(sheet, pool, tick)
         except LeapfrogError as error:
@@ -66,8 +68,8 @@ def _alive(pids: Sequence[int]) -> int:
     return sum(psutil.pid_exists(pid) for pid in pids)
 
 
-def _free(pool: Pool) -> str:
-    free = [f"{d} {f / 1e9:.1f} GB" for d, f in zip(pool.devices, pool.free, strict=True) if f is not None]
+def _free(pool: Pool, tick: Tick) -> str:
+    free = [f"{d} {f / 1e9:.1f} GB" for d, f in zip(pool.devices, pool.free(tick), strict=True) if f is not None]
     return f"; free memory: {', '.join(free)}" if free else ""
 
 

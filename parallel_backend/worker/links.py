@@ -24,6 +24,8 @@ log = logging.getLogger("leapfrog.rank")
 _RETURN = 0x06
 _ATTACH_FILTER = 26
 STORE_TIMEOUT = timedelta(seconds=60)
+# Before 2.8 the libuv backend of PyTorch's store takes no listener; on Windows PyTorch is built without it.
+LIBUV = sys.platform != "win32" and tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)
 PATIENCE_S = 30.0
 """How much longer a rank waits for another than the host for both: the host knows better who is to blame."""
 
@@ -34,9 +36,14 @@ def open_store(world: int, address: str) -> tuple[dist.TCPStore, int]:
     port = listener.getsockname()[1]
     store = dist.TCPStore(
         address, port, world, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT,
-        master_listen_fd=listener.detach(),
+        master_listen_fd=listener.detach(), use_libuv=LIBUV,
     )  # fmt: skip
     return store, port
+
+
+def join_store(world: int, address: str, port: int) -> dist.TCPStore:
+    """The store that rank 0 has opened."""
+    return dist.TCPStore(address, port, world, wait_for_workers=False, use_libuv=LIBUV)
 
 
 def shut_doors() -> None:

@@ -41,14 +41,17 @@ from ..protocol import (
     Ready,
     Recipe,
     Release,
+    Room,
     Stop,
     Trace,
     Traced,
     Unload,
+    Vacancy,
 )  # fmt: skip
 from ..tensors import Arena, flatten, place
-from .links import Links, open_store
+from .links import Links, join_store, open_store
 from .probe import probe
+from .vacancy import free_bytes
 
 CONNECT_TIMEOUT_S = 30.0
 MAPPED_ARENAS = 16
@@ -80,11 +83,11 @@ def _start(spec: LaunchSpec, channel: HostLine) -> Rank:
     join = channel.receive(None)
     assert isinstance(join, Join)
     if store is None:
-        store = torch.distributed.TCPStore(join.store_host, join.store_port, spec.world, wait_for_workers=False)
+        store = join_store(spec.world, join.store_host, join.store_port)
     links = Links(store, spec.rank, spec.world, spec.backend, device, spec.timeout_s)
     if spec.threads:
         torch.set_num_threads(spec.threads)
-    channel.send(Ready(free=torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None))
+    channel.send(Ready())
     return Rank(spec, channel, links, device)
 
 
@@ -106,6 +109,7 @@ class Rank:
             Evaluate: self._evaluate,
             Echo: self._echo,
             Probe: self._probe,
+            Room: self._room,
             Unload: self._unload,
         }
 
@@ -161,6 +165,9 @@ class Rank:
         held.patch(message.patches_id, self._tree(message.patches))
         self._held = held
         return Loaded(nbytes=held.nbytes, shared=held.shared_bytes, units=held.unit_names)
+
+    def _room(self, _message: Room) -> Vacancy:
+        return Vacancy(free=free_bytes(self._device))
 
     def _unload(self, _message: Unload) -> Ok:
         self._drop()

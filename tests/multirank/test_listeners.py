@@ -6,6 +6,7 @@ import ipaddress
 import os
 import socket
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -44,3 +45,9 @@ def test_strangers_reach_no_rank():
                 assert stranger.connect_ex(address), f"{address} let somebody in"
     assert [rank.num_fds() for rank in ranks] == files
     assert made_a_picture()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux shows what a process has open")
+def test_the_death_pipe_is_not_standard_input():
+    assert made_a_picture()
+    assert {os.readlink(f"/proc/{pid}/fd/0") for pid in the_pool().pids} == {os.devnull}

@@ -6,6 +6,7 @@ import gc
 import weakref
 from typing import Any
 
+import comfy.model_management
 import comfy.patcher_extension
 import comfy.sd
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import tiny_models
 from generation import Request, distance, generate, noise, prompt
+from leapfrog.nodes.ranks_memory import LanesMemory
 from leapfrog.parallel_backend import LanesDenoiser
 from ranks import EXACT, in_ranks, load, parastep, reference, split, the_pool, with_lora
 
@@ -163,6 +165,24 @@ def test_each_rank_holds_the_whole_denoiser_once():
     generate(load("flux"), Request(prompt=2), parastep(3))
     assert the_pool().pids == pids
     assert in_ranks().parts is loaded
+
+
+def test_comfyui_loads_its_own_copy_without_asking_the_ranks_for_room(monkeypatch: pytest.MonkeyPatch):
+    model, manager = comfy.sd.load_diffusion_model(str(tiny_models.tiny_flux())), comfy.model_management
+    known: list[int] = []
+    load_models = manager.load_models_gpu
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        known.append(sum(isinstance(one.model, LanesMemory) for one in manager.current_loaded_models))
+        load_models(*args, **kwargs)
+
+    monkeypatch.setattr(manager, "load_models_gpu", watched)
+    manager.unload_all_models()
+    for _ in range(3):
+        generate(model, Request(steps=4), parastep(2))
+        assert sum(isinstance(one.model, LanesMemory) for one in manager.current_loaded_models) == 1
+    generate(model, Request(steps=4))
+    assert known == [0, 0, 0, 1], "only another sampler's run may ask for it"
 
 
 def test_the_ranks_stay_for_the_next_sampler_as_long_as_the_model_lives():

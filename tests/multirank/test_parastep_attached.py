@@ -319,6 +319,19 @@ def put_all_on(family: str) -> Any:
     return cfg_guider(model, [*positive, *early], negative)
 
 
+def test_momentum_counts_no_evaluation_that_is_rejected(caplog: pytest.LogCaptureFixture):
+    caplog.set_level(logging.INFO, "leapfrog")
+
+    def make() -> Any:
+        return cfg_guider(APG.execute(load("flux"), 0.5, 5.0, -0.5).args[0])
+
+    theirs = sample(make(), steps=8)
+    sampler = parastep(3, fidelity="exact")
+    assert distance(sample(make(), sampler, steps=8), theirs) < EXACT
+    assert sampler.last_run.rejected == 0
+    assert "steps are taken one by one: APG remembers the step before" in caplog.text
+
+
 @pytest.mark.parametrize("family", ["flux", "unet"])
 def test_much_at_once(family: str, monkeypatch: pytest.MonkeyPatch):
     # four stretches between changes of conditioning, in each of which the first step goes alone

@@ -295,3 +295,17 @@ def test_a_new_stand_in_knows_of_weights_that_are_there_and_can_give_them_back()
     other.denoiser.unload()
     assert the_pool().memory.held is None
     assert other.denoiser.loaded_bytes(0) == 0
+
+
+def test_whether_the_whole_denoiser_fits_is_asked_at_each_run(monkeypatch: pytest.MonkeyPatch):
+    request, room = Request(), [1, 1]
+    monkeypatch.setattr(Pool, "free", lambda _pool, _tick: room)
+    model = split(load("flux"), mode="exact", components=0)
+    assert distance(generate(model, request), reference(request)) < EXACT
+    assert in_ranks().cut, "no device holds all of it"
+    room[:] = [1 << 40, 1 << 40]
+    assert distance(generate(model, request), reference(request)) < EXACT
+    assert in_ranks().cut is None, "another model went meanwhile"
+    room[:] = [1, 1]
+    assert distance(generate(model, request), reference(request)) < EXACT
+    assert in_ranks().cut is None, "what is there fits"

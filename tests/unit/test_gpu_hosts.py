@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -90,32 +91,49 @@ def test_less_memory_than_the_whole_denoiser_needs_is_no_reason_to_unload(model:
     made.partially_load(GPU, extra_memory=-1e9)
 
 
-def test_calls_are_not_divided_for_want_of_memory_while_ranks_compute(model: Any):
-    made = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0]
-    before = made.model.memory_required([2, 16, 64, 64])
-    made.pre_run()
-    assert made.model.memory_required([2, 16, 64, 64]) == 0
-    made.cleanup()
-    assert made.model.memory_required([2, 16, 64, 64]) == before > 0
-
-
-@pytest.mark.parametrize(("held", "asked_for"), [(0, 1), (5, 0)])
-def test_lanes_get_room_before_they_load_and_the_memory_manager_knows_of_them(
-    model: Any, held: int, asked_for: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("components", "host", "free", "fits"),
+    [
+        (2, GPU, 10.0, True), (2, GPU, 1.4, False), (0, GPU, 10.0, True), (0, GPU, 1.4, True), (0, GPU, 0.7, False),
+        (2, torch.device("cpu"), 0.0, True), (2, torch.device("cuda", 2), 0.0, True),
+    ],
+)  # fmt: skip
+def test_calls_are_divided_only_where_ranks_have_no_memory_for_them(
+    model: Any, components: int, host: torch.device, free: float, fits: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    manager, asked = comfy.model_management, list[float]()
+    """``free`` is on the host's GPU beside the weights, as a multiple of what the call needs."""
+    made = AsyncUNetSplit.execute(model, "0,1", components, 0, 1, "exact").args[0]
+    made.load_device = host
+    shape = [2, 16, 512, 512]
+    needed = made.model.memory_required(shape)
+    weights = made.denoiser.nbytes / max(1, components)
+    assert needed > 10 * weights
+    monkeypatch.setattr(made, "get_free_memory", lambda _: weights + free * needed)
+    made.pre_run()
+    assert made.model.memory_required(shape) == (0.0 if fits else math.inf)
+    made.cleanup()
+    assert made.model.memory_required(shape) == needed
+
+
+@pytest.mark.parametrize("held", [0, 5])
+def test_lanes_get_room_before_they_load_and_the_memory_manager_knows_of_them(
+    model: Any, held: int, monkeypatch: pytest.MonkeyPatch
+):
+    manager, asked = comfy.model_management, list[tuple[float, torch.device]]()
     monkeypatch.setattr(manager, "current_loaded_models", [])
-    monkeypatch.setattr(manager, "free_memory", lambda size, *_, **__: asked.append(size))
+    monkeypatch.setattr(manager, "free_memory", lambda size, device, **_: asked.append((size, device)))
+    monkeypatch.setattr(manager, "minimum_inference_memory", lambda: 100.0)
     unloaded: list[list[int]] = []
     lanes: Any = SimpleNamespace(
         devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: held * rank, unload=unloaded.append,
         nbytes=weight_bytes(model.model.diffusion_model),
     )  # fmt: skip
     memory = LanesMemory(model, lanes)
-    for _ in range(2):
-        memory.announce(model)
-    assert len(asked) == 2 * asked_for
-    assert all(size > model.model_size() for size in asked)
+    weights = 0.0 if held else 1.1 * lanes.nbytes
+    for activations, least in ((7.0, 100.0), (700.0, 700.0)):
+        memory.announce(model, activations=activations)
+        assert asked.pop() == (weights + least, GPU)
+        assert not asked, "no other GPU has a context of this process, so none is to get one"
     (known,) = manager.current_loaded_models
     assert (known.model, known.device) == (memory, GPU)
     assert memory.model_size() == (held or weight_bytes(model.model.diffusion_model))
@@ -146,11 +164,23 @@ def test_what_the_run_uses_stays_where_it_is(model: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(manager, "current_loaded_models", [])
     monkeypatch.setattr(manager, "free_memory", lambda *_, keep_loaded, **__: kept.extend(keep_loaded))
     control, other = (comfy.model_patcher.ModelPatcher(torch.nn.Linear(1, 1), GPU, GPU) for _ in range(2))
-    loaded = [SimpleNamespace(model=one, real_model=lambda: True) for one in (model, control, other)]
-    manager.current_loaded_models.extend(loaded)
     lanes: Any = SimpleNamespace(devices=("cuda:0", "cuda:1"), loaded_bytes=lambda rank: 0, nbytes=1)
-    LanesMemory(model, lanes).announce(model, [control, None])
-    assert kept == loaded[:2]
+    ranks = LanesMemory(model, lanes)
+    loaded = [SimpleNamespace(model=one, device=GPU, real_model=lambda: True) for one in (model, control, ranks, other)]
+    manager.current_loaded_models.extend(loaded)
+    ranks.announce(model, [control, None])
+    assert kept == loaded[:3]
+
+
+def test_room_is_made_on_another_gpu_where_comfyui_has_put_a_model(model: Any, monkeypatch: pytest.MonkeyPatch):
+    manager, asked = comfy.model_management, list[torch.device]()
+    monkeypatch.setattr(manager, "current_loaded_models", [])
+    monkeypatch.setattr(manager, "free_memory", lambda _, device, **__: asked.append(device))
+    encoder = comfy.model_patcher.ModelPatcher(torch.nn.Linear(1, 1), torch.device("cuda:1"), torch.device("cpu"))
+    manager.current_loaded_models.append(SimpleNamespace(model=encoder, device=encoder.load_device))
+    lanes: Any = SimpleNamespace(devices=("cuda:0", "cuda:1", "b/cuda:0"), loaded_bytes=lambda rank: 0, nbytes=1)
+    LanesMemory(model, lanes).announce(model)
+    assert asked == [GPU, torch.device("cuda:1")]
 
 
 def test_disabling_smart_memory_does_not_end_the_ranks(model: Any, monkeypatch: pytest.MonkeyPatch):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from leapfrog.parallel_backend import LeapfrogError, supervisor
 from leapfrog.parallel_backend.errors import ErrorReport
 from leapfrog.parallel_backend.pool import NEXT, Call, Pool, State
-from leapfrog.parallel_backend.protocol import Echo, Failed, Ok, RankMessage, Unload
+from leapfrog.parallel_backend.protocol import Echo, Failed, Ok, RankMessage, Unload, Vacancy
 from leapfrog.parallel_backend.starting import ComfyHost
 
 HOST = ComfyHost("nowhere")
@@ -72,7 +72,7 @@ class MadeUpRank:
 def filled(pool: Pool, *ranks: MadeUpRank) -> Pool:
     pool.processes[:] = ranks  # type: ignore[assignment]
     pool.channels.update({rank.rank: rank for rank in ranks})  # type: ignore[misc]
-    pool.opened([None] * len(ranks))
+    pool.opened()
     return pool
 
 
@@ -413,3 +413,28 @@ class TestSupervisor:
         thread.join(10)
         assert not thread.is_alive()
         assert states == [State.STARTING, State.STOPPED]
+
+
+class TestCatchUp:
+    def test_it_ends_when_all_have_answered(self):
+        one, other = MadeUpRank(0), MadeUpRank(1)
+        pool = made_up(one, other)
+        for rank in (one, other):
+            rank.says(Vacancy(call=1))
+        assert pool.catch_up(5.0)
+        assert pool.state is State.READY
+        assert not pool.catching_up
+
+    def test_it_ends_in_time_and_late_answers_do_no_harm(self):
+        one, other = MadeUpRank(0), MadeUpRank(1)
+        pool = made_up(one, other)
+        one.says(Vacancy(call=1))
+        assert not pool.catch_up(0.05)
+        assert pool.catching_up
+        assert pool.state is State.READY
+        other.says(Vacancy(call=1))
+        call = ask(pool, 0)
+        one.says(Ok(call=call.number))
+        pool.wait([call], [0], 5.0, no_tick)
+        assert pool.alive
+        pool.done(call)

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ...protocol import Recipe, Traced, UnitTrace
 from ...tensors import DTYPE_NAMES, flatten
 from ...units import Flow, Output, find_units
+from ..vacancy import free_bytes
 from .denoiser import HeldDenoiser
 from .inputs import forward_inputs
 from .loader import build, weight_bytes
@@ -80,14 +81,9 @@ def trace(
         stem=min((w.stem for w in timed), default=0.0),
         head=min((w.head for w in timed), default=0.0),
         shared=weight_bytes(denoiser) - sum(weight_bytes(denoiser.get_submodule(name)) for name in names),
-        free=_free(device) if device.type == "cuda" else None,
+        free=free_bytes(device),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     )
-
-
-def _free(device: torch.device) -> int:
-    """Bytes that a GPU could give if this process held nothing there, as it will before it loads anew."""
-    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
 
 
 def _empty(recipe: Recipe) -> Any:
