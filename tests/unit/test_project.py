@@ -56,6 +56,7 @@ def test_comfyui_reads_the_registry_metadata():
     config = extract_node_configuration(str(ROOT))
     assert config is not None
     assert config.project.name == "leapfrog-denoise"
+    assert [Requirement(text) for text in config.project.dependencies] == runtime_requirements()
     assert config.project.supported_os == ["OS Independent"]
     assert config.project.supported_accelerators == ["GPU :: NVIDIA CUDA"]
     assert config.project.supported_comfyui_version
