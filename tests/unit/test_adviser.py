@@ -180,9 +180,9 @@ def test_where_nothing_was_rejected_a_run_takes_no_longer():
 @pytest.mark.parametrize(
     ("kind", "degree", "steps", "decibels"),
     [
-        ("lookahead", 2, 20, 52.1),
-        ("lookahead", 2, 49, 52.1),  # that of 20 steps
-        ("balanced", 3, 25, 57.1),  # that of 4 lanes and 20 steps
+        ("lookahead", 2, 20, fidelity.TABLE["lookahead", 2][20].decibels),
+        ("lookahead", 2, 49, fidelity.TABLE["lookahead", 2][20].decibels),
+        ("balanced", 3, 25, fidelity.TABLE["balanced", 4][20].decibels),
         ("lookahead", 9, 50, None),
         ("balanced", 2, 19, None),
         ("newest", 2, 20, None),
