@@ -15,7 +15,8 @@ from .denoiser import Patches, first_tensor, room_for_output
 from .errors import LeapfrogError
 from .lanes_denoiser import LanesDenoiser
 from .pool import Pool, Tick
-from .protocol import Done, Echo, Evaluate, Probe, Probed, Trace, Traced
+from .protocol import Done, Evaluate, Trace, Traced
+from .roundtrips import LARGE, link_between, round_trip
 from .schedules.simulate import Link
 from .settings import step_timeout_s
 from .tensors import DTYPES
@@ -24,8 +25,6 @@ from .units import Output
 log = logging.getLogger("leapfrog")
 ROUNDS = 3
 ECHOES = 20
-SMALL, LARGE = 4 << 10, 16 << 20
-PROBES = [50, 5]
 
 
 class Surveyed(Exception):
@@ -138,31 +137,13 @@ class Survey(LanesDenoiser):
 
     def _round_trip(self, pool: Pool, x: Any, tick: Tick) -> float:
         """Seconds that a latent takes to the ranks and back."""
-        latent, times = first_tensor(x).cpu(), []
-        room = room_for_output(latent)
-        for _ in range(ECHOES):
-            began = time.perf_counter()
-            payload, out = pool.payload(latent, tick, reserve=room * len(self.devices))
-            asked = {
-                rank: Echo(inputs=payload, out=out + rank * room, out_size=room) for rank in range(len(self.devices))
-            }
-            replies: dict[int, Done] = pool.request(asked, step_timeout_s(), tick, using=payload)
-            for reply in replies.values():
-                assert reply.output
-                pool.read(reply.output)
-            times.append(time.perf_counter() - began)
-        return median(times)
+        latent, ranks = first_tensor(x).cpu(), range(len(self.devices))
+        return median(round_trip(pool, latent, ranks, tick)[0] for _ in range(ECHOES))
 
     def _link(self, pool: Pool, tick: Tick) -> Link:
         """The slowest link between ranks that would follow each other."""
-        slowest = Link()
-        for rank in range(len(self.devices) - 1):
-            ask = Probe(first=rank, second=rank + 1, sizes=[SMALL, LARGE], rounds=PROBES)
-            replies: dict[int, Probed] = pool.request({rank: ask, rank + 1: ask}, step_timeout_s(), tick)
-            small, large = replies[rank].seconds
-            link = Link((LARGE - SMALL) / max(large - small, 1e-9), small)
-            slowest = max(slowest, link, key=lambda one: one.seconds(LARGE))
-        return slowest
+        links = [link_between(pool, rank, rank + 1, tick)[0] for rank in range(len(self.devices) - 1)]
+        return max(links, key=lambda link: link.seconds(LARGE), default=Link())
 
 
 def _times(calls: Sequence[Sequence[Traced]], whole: float) -> list[float]:

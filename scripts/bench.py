@@ -123,20 +123,12 @@ def round_trip_ms(ranks: int) -> float:
     import torch
 
     from leapfrog.nodes.recipe import comfy_host
-    from leapfrog.parallel_backend.protocol import Echo
+    from leapfrog.parallel_backend.roundtrips import round_trip
     from leapfrog.parallel_backend.supervisor import acquire
 
     pool = acquire(devices(ranks), comfy_host(), lambda: None, round_trip_ms)
     latent = torch.randn(1, 4, 64, 64)
-    times = []
-    for _ in range(500):
-        began = time.perf_counter()
-        payload, out = pool.payload(latent, lambda: None, reserve=latent.nbytes + 64)
-        messages = {r: Echo(inputs=payload, out=out, out_size=latent.nbytes + 64) for r in range(ranks)}
-        replies = pool.request(messages, 10.0, lambda: None)
-        pool.read(replies[0].output)
-        times.append(time.perf_counter() - began)
-    return 1e3 * statistics.median(times)
+    return 1e3 * statistics.median(round_trip(pool, latent, range(ranks), lambda: None)[0] for _ in range(500))
 
 
 def round_overheads_ms(folder: Path) -> tuple[list[float], list[float]]:

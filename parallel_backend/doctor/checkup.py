@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from ..devices import CPU, kind_of
-from ..supervisor import ComfyHost
+from ..starting import ComfyHost
 from .choice import choices, count, settings
 from .comfyui import find_comfyui, nodes_in_comfyui, own_and_flags
 from .machine import PACK, devices, versions

@@ -12,16 +12,15 @@ import torch
 
 from ..devices import CPU, kind_of
 from ..errors import LeapfrogError
-from ..protocol import Echo, Probe, Probed
-from ..starting import backend_of
-from ..supervisor import ComfyHost, Pool, Tick, acquire, close_all
+from ..pool import Pool, Tick
+from ..roundtrips import LARGE, link_between, round_trip
+from ..starting import ComfyHost, backend_of
+from ..supervisor import acquire, close_all
 from .sheet import Sheet
 
-ANSWER_S = 30.0
 LATENT = (1, 4, 64, 64)
 ECHOES = 50
 WARM = 5
-SMALL, LARGE = 4 << 10, 16 << 20
 LARGE_NCCL = 64 << 20
 NO_DIRECT_ACCESS = (
     "Set the environment variable NCCL_P2P_DISABLE=1 and run the doctor again; if that helps, start ComfyUI with it. "
@@ -82,36 +81,25 @@ def _failed(sheet: Sheet, name: str, error: LeapfrogError, said: _Listener) -> N
 def _echo(sheet: Sheet, pool: Pool, tick: Tick) -> None:
     """A small latent to each rank and back, as often as it takes to know how long."""
     latent = torch.rand(LATENT)
-    room = latent.nbytes + 64
     told = []
     for rank in range(len(pool.devices)):
-        times = []
-        for _ in range(WARM + ECHOES):
-            began = time.perf_counter()
-            payload, out = pool.payload(latent, tick, reserve=room)
-            with pool.lock:
-                replies = pool.request({rank: Echo(inputs=payload, out=out, out_size=room)}, ANSWER_S, tick, payload)
-            back = pool.read(replies[rank].output)
-            times.append(1e3 * (time.perf_counter() - began))
-        if not torch.equal(back, latent):
+        trips = [round_trip(pool, latent, [rank], tick) for _ in range(WARM + ECHOES)]
+        if not all(torch.equal(back[rank], latent) for _, back in trips):
             sheet.problem(
                 f"Rank {rank} on {pool.devices[rank]} sends back something else than it was sent.",
                 "Please report this with the whole text above; the machine's memory or that GPU may be broken.",
             )
-        told.append(f"rank {rank} {statistics.median(times[WARM:]):.2f} ms")
+        told.append(f"rank {rank} {1e3 * statistics.median(seconds for seconds, _ in trips[WARM:]):.2f} ms")
     sheet.row("round trip", f"{', '.join(told)} ({latent.nbytes >> 10} KiB there and back, median of {ECHOES})")
 
 
 def _links(sheet: Sheet, pool: Pool, tick: Tick) -> None:
     """Every pair of ranks, one after another."""
     nccl = all(kind_of(device) != CPU for device in pool.devices)
-    sizes, rounds = [SMALL, LARGE_NCCL if nccl else LARGE], [50, 5]
     for first, second in itertools.combinations(range(len(pool.devices)), 2):
-        ask = Probe(first=first, second=second, sizes=sizes, rounds=rounds)
         name = f"rank {first} to {second}"
         try:
-            with pool.lock:
-                replies = pool.request({first: ask, second: ask}, ANSWER_S, tick)
+            link, intact = link_between(pool, first, second, tick, LARGE_NCCL if nccl else LARGE)
         except LeapfrogError as error:
             if nccl:
                 where = f"{pool.devices[first]} and {pool.devices[second]}"
@@ -119,10 +107,8 @@ def _links(sheet: Sheet, pool: Pool, tick: Tick) -> None:
                 sheet.last_words(error.report.traceback.splitlines())
                 return
             raise
-        seen: Probed = replies[first]
-        small, large = seen.seconds
-        sheet.row(name, f"{sizes[1] / large / 1e6:,.0f} MB/s, latency {small * 1e6:,.0f} us")
-        if not all(reply.intact for reply in replies.values()):
+        sheet.row(name, f"{link.bytes_per_second / 1e6:,.0f} MB/s, latency {link.latency * 1e6:,.0f} us")
+        if not intact:
             where = f"{pool.devices[first]} and {pool.devices[second]}"
             sheet.problem(f"Data changes on its way between {where}.", NO_DIRECT_ACCESS)
 

@@ -17,7 +17,7 @@ import pytest
 import tiny_models
 from leapfrog.parallel_backend import supervisor
 from leapfrog.parallel_backend.protocol import Probe, Probed
-from leapfrog.parallel_backend.supervisor import ComfyHost
+from leapfrog.parallel_backend.starting import ComfyHost
 from pack import ROOT, comfyui_dir
 
 MARK = "LEAPFROG_TEST_MARK"
