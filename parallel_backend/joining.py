@@ -21,8 +21,8 @@ from pathlib import Path
 import msgspec
 
 from .channel import Channel
+from .command_line import USAGE, find_comfyui, own_and_flags
 from .devices import CPU, device_here, this_machine
-from .doctor.comfyui import find_comfyui, own_and_flags
 from .errors import LeapfrogError
 from .guests import BEAT_S, LISTEN_S, SILENCE_S
 from .handshake import prove
@@ -35,7 +35,6 @@ PAUSE_S = 1.0
 DIAL_S = 5.0
 GRACE_S = 2.0
 LINES = 1000
-USAGE = 2
 
 
 def main(arguments: Sequence[str]) -> int:

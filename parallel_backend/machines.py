@@ -15,12 +15,12 @@ from typing import Annotated
 
 import msgspec
 
+from .command_line import PACK
 from .errors import LeapfrogError
 from .protocol import Address, Secret
 from .settings import machines_file
 
 log = logging.getLogger("leapfrog")
-PACK = Path(__file__).resolve().parent.parent
 SPOT = 1 << 16
 SPOTS = 64
 Name = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9._-]{1,64}\Z")]

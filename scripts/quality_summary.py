@@ -16,8 +16,8 @@ ABOUT = """\
 # Fidelity at a glance
 
 Ideal speed, and PSNR in dB to ComfyUI alone with the same seed, sampler and steps, as the mean over the samples. *One
-device in that time*: the better of Euler and DPM++ 2M with as many steps as *ParaStep, balanced* leaves time for; a dash where that
-is not a whole step less.
+device in that time*: the better of Euler and DPM++ 2M with as many steps as *ParaStep, balanced* leaves time for; a
+dash where that is not a whole step less.
 
 Steps are what is computed in parallel here, on as many devices as there are lanes or components, as the nodes do with
 CFG 1. With CFG above 1 they first give each prompt a device, which is exact: two devices then draw the same picture,

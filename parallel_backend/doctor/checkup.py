@@ -12,11 +12,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO, cast
 
+from ..command_line import PACK, find_comfyui, own_and_flags
 from ..devices import CPU, kind_of
 from ..starting import ComfyHost
 from .choice import choices, count, settings
-from .comfyui import find_comfyui, nodes_in_comfyui, own_and_flags
-from .machine import PACK, devices, versions
+from .comfyui import nodes_in_comfyui
+from .machine import devices, versions
 from .selftest import self_test
 from .sheet import Sheet
 

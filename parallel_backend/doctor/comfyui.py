@@ -1,4 +1,4 @@
-"""ComfyUI, seen from outside: where it is, and the nodes in a process of its own, as the backend imports neither."""
+"""The nodes in a ComfyUI of its own, a process without a server, as the backend imports neither."""
 
 from __future__ import annotations
 
@@ -9,49 +9,15 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .machine import PACK
+from ..command_line import PACK, USAGE
 from .sheet import Sheet
 
 NODES = PACK / "nodes"
 END_S = 5.0
-USAGE = 2
-
-
-def own_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """What stands before ``--`` on a command line, and the flags of ComfyUI behind it."""
-    own = list(arguments)
-    at = own.index("--") if "--" in own else len(own)
-    return own[:at], own[at + 1 :]
-
-
-def find_comfyui(given: str | None) -> Path | None:
-    """ComfyUI's folder: the one given, else one around the pack or the current folder, else that of a checkout.
-
-    The pack may be a link in custom_nodes: the path that the user wrote comes first.
-    """
-    if given:
-        starts = [Path(given).expanduser().absolute()]
-        return next(filter(_is_comfyui, starts), None)
-    for folder in _candidates():
-        if _is_comfyui(folder):
-            return folder
-    return None
-
-
-def _candidates() -> Iterator[Path]:
-    for start in (Path(sys.argv[0]).absolute(), PACK, Path.cwd() / "ComfyUI"):
-        yield from (start, *start.parents)
-    if os.environ.get("COMFYUI_DIR"):  # as the scripts of a checkout look for it
-        yield Path(os.environ["COMFYUI_DIR"]).expanduser().absolute()
-    yield PACK / ".comfyui"
-
-
-def _is_comfyui(folder: Path) -> bool:
-    return all((folder / name).exists() for name in ("main.py", "folder_paths.py", "comfy/samplers.py"))
 
 
 def nodes_in_comfyui(

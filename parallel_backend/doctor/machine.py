@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..command_line import PACK
 from ..devices import this_machine
 from ..machines import stated
 from ..starting import nccl_version
 from .sheet import Sheet
 
-PACK = Path(os.path.abspath(__file__)).parents[2]
 ASK_S = 10.0
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_LEAST = 64 << 20
