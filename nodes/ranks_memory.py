@@ -102,12 +102,13 @@ class LanesMemory(RanksPatcher):
             model.partially_unload(torch.device("cpu"), model.loaded_size())
             loaded = manager.current_loaded_models
             in_use = [one for one in loaded if one.model and any(map(one.model.is_clone, (self, model, *used)))]
+            gpus = {str(one.device): one.device for one in loaded if one.model and one.device.type == "cuda"}
+            gpus |= {self.denoiser.devices[rank]: self.load_device for rank in self.ranks_here}
             for rank, name in enumerate(self.denoiser.devices):
-                device = torch.device(name) if name.startswith("cuda") else None
-                if device == self.load_device or any(one.device == device for one in loaded if one.model):
+                if name in gpus:
                     weights = 0.0 if self.denoiser.loaded_bytes(rank) else 1.1 * self.largest_share
                     room = weights + max(activations, manager.minimum_inference_memory())
-                    manager.free_memory(room, device, keep_loaded=in_use)
+                    manager.free_memory(room, gpus[name], keep_loaded=in_use)
             manager.soft_empty_cache()
         known = manager.LoadedModel(self)
         if known not in manager.current_loaded_models:
