@@ -9,6 +9,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.samplers
+import torch
 
 from ..parallel_backend import LeapfrogError, SplitDenoiser
 from .ahead import AheadSampler, Wave, check_sampler
@@ -17,9 +18,12 @@ from .scout import Outputs, Question
 log = logging.getLogger("leapfrog")
 
 
-def look_ahead(executor: Any, noise: Any, latent_image: Any, sampler: Any, *args: Any, **kwargs: Any) -> Any:
+def look_ahead(
+    executor: Any, noise: Any, latent_image: Any, sampler: Any, sigmas: torch.Tensor, *args: Any, **kwargs: Any
+) -> Any:
     """An OUTER_SAMPLE wrapper of a split MODEL: the run's sampler, whichever it is, looks ahead."""
     denoiser: SplitDenoiser = executor.class_obj.model_patcher.denoiser
+    denoiser.steps = len(sigmas) - 1
     if denoiser.plan.mode == "lookahead" and not isinstance(sampler, AheadSampler):
         try:
             check_sampler(sampler)
@@ -28,7 +32,7 @@ def look_ahead(executor: Any, noise: Any, latent_image: Any, sampler: Any, *args
             log.warning(
                 "Leapfrog: Async UNet Split cannot look ahead, so all steps are exact: %s", error.report.message
             )
-    return executor(noise, latent_image, sampler, *args, **kwargs)
+    return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
 
 
 class LookaheadSampler(AheadSampler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from statistics import median
+from typing import NamedTuple
 
 from .errors import LeapfrogError
 from .plan import SplitPlan
@@ -22,7 +23,16 @@ SLACK = 0.02
 FAIR_SHARE_PLUS = 0.1
 
 
-def choose_cut(traces: Sequence[Traced], lanes: Sequence[Sequence[int]], plan: SplitPlan, current: Cut | None) -> Cut:
+class Chosen(NamedTuple):
+    """A cut, and its slowest component's time as a share of the whole denoiser's on one device."""
+
+    cut: Cut
+    slowest: float
+
+
+def choose_cut(
+    traces: Sequence[Traced], lanes: Sequence[Sequence[int]], plan: SplitPlan, current: Cut | None
+) -> Chosen:
     """The cut whose slowest component is fastest; ``current`` where that is nearly as good.
 
     With stride 2 the last rank of a lane holds the last component once more.
@@ -37,13 +47,13 @@ def choose_cut(traces: Sequence[Traced], lanes: Sequence[Sequence[int]], plan: S
     # the ranks that hold the component at each position
     holders = [[lane[at] for lane in lanes] for at in range(components)]
     holders[-1] += [rank for lane in lanes for rank in lane[components:]]
-    if plan.cut.strip():
-        bounds = _bounds_by_hand(plan.cut, len(units), components)
-        return Cut(units, bounds + bounds[-1:] * twins)
     seconds = _seconds(traces)
     costs = [[max(seconds[rank][u] for rank in ranks) for u in range(len(units))] for ranks in holders]
-    limits = [_limit([traces[rank] for rank in ranks]) for ranks in holders]
     stem, head = traces[0].stem, traces[0].head
+    if plan.cut.strip():
+        bounds = _bounds_by_hand(plan.cut, len(units), components)
+        return Chosen(Cut(units, bounds + bounds[-1:] * twins), slowest_share(costs, bounds, stem=stem, head=head))
+    limits = [_limit([traces[rank] for rank in ranks]) for ranks in holders]
     nbytes = [unit.nbytes for unit in traces[0].units]
     try:
         bounds = best_bounds(costs, nbytes, traces[0].shared, limits, stem, head, plan.balance)
@@ -53,11 +63,11 @@ def choose_cut(traces: Sequence[Traced], lanes: Sequence[Sequence[int]], plan: S
     if current and current.units == units and _held_twice(current) == twins and len(current.bounds) == len(lanes[0]):
         now = slowest_share(costs, current.bounds[:components], stem=stem, head=head)
         if WORTH_RECUTTING * now <= share:
-            return current
+            return Chosen(current, now)
     log.info(
         "Leapfrog: components %s of %d units, the slowest is %.0f %% of the denoiser", bounds, len(units), 100 * share
     )
-    return Cut(units, bounds + bounds[-1:] * twins)
+    return Chosen(Cut(units, bounds + bounds[-1:] * twins), share)
 
 
 def best_bounds(

@@ -13,6 +13,7 @@ from .devices import choose_devices, this_machine
 from .errors import LeapfrogError
 from .protocol import Recipe
 from .schedules.parastep import PREDICTORS, Guard, Predictor, ideal_speedup
+from .schedules.simulate import Link, run_seconds
 from .units import find_units
 
 SPLIT_MODES = ("lookahead", "asyncdiff", "extrapolated", "exact")
@@ -112,6 +113,20 @@ class SplitPlan:
             two = False
         lane = self.degree + self.stride - 1 if self.degree else devices // (2 if two else 1)
         return [list(range(at * lane, (at + 1) * lane)) for at in range(2 if two else 1)]
+
+    def promise(self, steps: int, lanes: int, components: int, slowest: float) -> str:
+        """What may be expected of a run, in words for the user: so many ``lanes`` of ``components``, the slowest of
+        which takes this share of the time that the whole denoiser takes on one device."""
+        if self.mode == "exact" or components == 1:
+            return f"at most {lanes:.2f}x, exact" if lanes > 1 else "no faster than one device, exact"
+        parts = [slowest, *[(1 - slowest) / (components - 1)] * (components - 1)]
+        mode = "lookahead" if self.mode == "lookahead" else "asyncdiff"
+        seconds = run_seconds(mode, steps, parts, {}, Link(), warmup=self.warmup, stride=self.stride)
+        said = (
+            f"at most {lanes * steps / seconds:.2f}x ({steps} steps, {components} components, the slowest takes "
+            f"{slowest:.0%} of a step)"
+        )
+        return said if lanes * steps >= WORTH * seconds else f"{said}: not worth it here"
 
     def check(self, denoiser: Any) -> None:
         """Raises LeapfrogError: unsupported_model, or bad_plan for more components than the denoiser has units."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from .cutting import Chosen
 from .protocol import Cut, Loaded, Recipe
 
 
@@ -32,6 +33,6 @@ class PoolMemory:
     """
 
     held: Held | None = None
-    cut: tuple[Hashable, Cut | None] = (None, None)
+    cut: tuple[Hashable, Chosen | None] = (None, None)
     layouts: dict[Hashable, int] = field(default_factory=dict)
     learnt: set[tuple[int, int]] = field(default_factory=set)

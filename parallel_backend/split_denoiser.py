@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -10,18 +11,19 @@ from typing import Any
 import torch
 
 from .batching import Rows, rows_of
-from .cutting import choose_cut
+from .cutting import Chosen, choose_cut
 from .denoiser import Patches, RemoteDenoiser, first_tensor, joined, room_for_output
 from .errors import LeapfrogError
 from .plan import STALE_MODES, SplitPlan
 from .pool import Call, Pool, Tick
 from .pool_memory import Held
-from .protocol import Cut, Evaluate, Payload, Recipe
+from .protocol import Evaluate, Payload, Recipe
 from .schedules.asyncdiff import Streams
 from .schedules.parastep import Guard, Predictor
 from .starting import ComfyHost
 from .watching import Watched
 
+log = logging.getLogger("leapfrog")
 # The timesteps of the steps before and after the current one, as multiples of its own.
 Times = tuple[float, float]
 
@@ -59,8 +61,9 @@ class SplitDenoiser(RemoteDenoiser):
         self, plan: SplitPlan, recipe: Recipe, host: ComfyHost, nbytes: int = 0,
         show: Callable[[str], None] = lambda text: None,
     ):  # fmt: skip
-        """``show`` gets a line for the user after every run."""
+        """``show`` gets a line for the user when a run begins, if somebody has set its ``steps``, and when it ends."""
         super().__init__(plan.devices, recipe, host, nbytes)
+        self.steps = 0
         self._show = show
         self.plan = plan
         self._watched = Watched(recipe, plan.devices)
@@ -210,36 +213,40 @@ class SplitDenoiser(RemoteDenoiser):
     def _prepare(self, pool: Pool, payload: Payload, patches: Patches, tick: Tick) -> bool:
         """Measure, cut and load what is not there yet; whether the pool was asked anything meanwhile."""
         assert self.report
-        cut, asked = self._chosen_cut(pool, payload, patches, tick) if self.components > 1 else (None, False)
-        wanted, held = Held(self.recipe, cut, self._lanes, patches[0]), pool.memory.held
+        chosen, asked = self._chosen_cut(pool, payload, patches, tick) if self.components > 1 else (None, False)
+        wanted, held = Held(self.recipe, chosen and chosen.cut, self._lanes, patches[0]), pool.memory.held
         if held is None or not held.differs_in_patches_only(wanted):
             self._forget_streams()
-        self.report.loaded = self._load(pool, cut, self._lanes, patches, tick)
+        self.report.loaded = self._load(pool, wanted.cut, self._lanes, patches, tick)
+        if self.steps and not self.report.calls:
+            said = self.plan.promise(self.steps, len(self._lanes), self.components, chosen.slowest if chosen else 1.0)
+            log.info("Leapfrog: %s: %s", self.title, said)
+            self._show(f"{self.title}: {said}")
         return asked or held != wanted
 
-    def _chosen_cut(self, pool: Pool, payload: Payload, patches: Patches, tick: Tick) -> tuple[Cut, bool]:
+    def _chosen_cut(self, pool: Pool, payload: Payload, patches: Patches, tick: Tick) -> tuple[Chosen, bool]:
         """How to cut for these inputs: as before, if it was for the same, because a stale mode draws the same picture
         again only with the same cut; and whether the ranks were asked for it."""
         purpose = (self.recipe, self._lanes, self.plan.balance, self.plan.cut)
-        chosen_for, cut = pool.memory.cut
+        chosen_for, chosen = pool.memory.cut
         if chosen_for != purpose:
-            cut = None
+            chosen = None
         at_start = not self.report or not self.report.calls
-        starts = cut is None or (at_start and self._watched.tells_times(payload))
+        starts = chosen is None or (at_start and self._watched.tells_times(payload))
         traces, asked = self._watched.look(pool, payload, patches[2], None if starts else self._lanes[0][0], tick)
-        if cut and cut.units != self._watched.units:
-            starts, cut = True, None
+        if chosen and chosen.cut.units != self._watched.units:
+            starts, chosen = True, None
             traces, asked = self._watched.look(pool, payload, patches[2], None, tick)
         if starts:
             try:
-                cut = choose_cut(traces, self._lanes, self.plan, cut)
+                chosen = choose_cut(traces, self._lanes, self.plan, chosen and chosen.cut)
             except LeapfrogError:
                 if not self.plan.cut.strip():
                     self._watched.forget()  # it says how much memory was free then
                 raise
-            pool.memory.cut = (purpose, cut)
-        assert cut
-        return cut, asked
+            pool.memory.cut = (purpose, chosen)
+        assert chosen
+        return chosen, asked
 
 
 def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int], together: bool) -> list[Lane]:

@@ -122,12 +122,15 @@ def test_a_node_says_what_to_expect_and_then_what_it_took(page: ComfyPage, workf
     assert [step for step in page.heard()["steps"] if step] == list(range(1, 21))
 
 
-def test_async_unet_split_says_what_a_run_took(page: ComfyPage):
+def test_async_unet_split_says_what_to_expect_and_what_a_run_took(page: ComfyPage):
     skip_without_models()
     page.open_template("async_unet_split")
     page.change(seed=22)
+    page.listen()
     page.run(timeout=100)
     page.shoot("async_unet_split_text")
+    before, _after = page.heard()["texts"]
+    assert re.fullmatch(r"Async UNet Split: at most 1\.[1-7]\dx \(20 steps, 2 components, the slowest .*\)", before)
     assert re.fullmatch(
         r"Async UNet Split: 20 denoiser calls \(3 exact, 17 ahead\) in [\d.]+ s on 2 ranks",
         page.text_on(WORKFLOWS["async_unet_split"]) or "",

@@ -22,7 +22,7 @@ def seen(seconds: list[float], device: str = "cpu", free: int | None = None) -> 
 
 def cut(traces: list[Traced], lanes: list[list[int]], current: Cut | None = None, **plan: Any) -> list[tuple[int, int]]:
     chosen = SplitPlan(("cpu",) * len(traces), len(lanes[0]) - plan.get("stride", 1) + 1, **plan)
-    return choose_cut(traces, lanes, chosen, current).bounds
+    return choose_cut(traces, lanes, chosen, current).cut.bounds
 
 
 def test_equal_devices_get_equal_times():

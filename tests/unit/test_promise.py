@@ -1,10 +1,10 @@
-"""What ParaStep tells a user before it starts."""
+"""What both blocks tell a user before they start."""
 
 from __future__ import annotations
 
 import pytest
 
-from leapfrog.parallel_backend import LanesPlan
+from leapfrog.parallel_backend import LanesPlan, SplitPlan
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,21 @@ from leapfrog.parallel_backend import LanesPlan
 def test_the_promise(devices: int, lanes: int, conditionings: int, steps: int, said: str):
     plan = LanesPlan(("cpu",) * devices, lanes)
     assert plan.promise(steps, conditionings) == said
+
+
+@pytest.mark.parametrize(
+    ("mode", "lanes", "components", "slowest", "steps", "said"),
+    [
+        ("exact", 1, 2, 0.5, 20, "no faster than one device, exact"),
+        ("exact", 2, 2, 0.5, 20, "at most 2.00x, exact"),
+        ("lookahead", 2, 1, 1.0, 20, "at most 2.00x, exact"),
+        ("lookahead", 1, 2, 0.5, 20, "at most 1.74x (20 steps, 2 components, the slowest takes 50% of a step)"),
+        ("lookahead", 2, 2, 0.5, 20, "at most 3.48x (20 steps, 2 components, the slowest takes 50% of a step)"),
+        ("lookahead", 1, 2, 0.9, 20, "at most 1.09x (20 steps, 2 components, the slowest takes 90% of a step): "
+         "not worth it here"),
+        ("asyncdiff", 1, 4, 0.25, 20, "at most 3.48x (20 steps, 4 components, the slowest takes 25% of a step)"),
+    ],
+)  # fmt: skip
+def test_the_promise_of_a_split(mode: str, lanes: int, components: int, slowest: float, steps: int, said: str):
+    plan = SplitPlan(("cpu",) * lanes * components, components, mode=mode)
+    assert plan.promise(steps, lanes, components, slowest) == said
