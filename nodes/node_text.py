@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +20,8 @@ def shower(node: Any) -> Callable[[str], None]:
     unique_id = getattr(getattr(node, "hidden", None), "unique_id", None)
 
     def show(text: str) -> None:
-        from server import PromptServer
-
-        there = getattr(PromptServer, "instance", None)
+        server = sys.modules.get("server")  # ComfyUI's, which nobody should import for this
+        there = getattr(getattr(server, "PromptServer", None), "instance", None)
         if there is not None and unique_id is not None:
             there.send_progress_text(text, unique_id)
 

@@ -67,7 +67,7 @@ class RemoteDenoiser:
     def end_run(self) -> None:
         """Log what the run did; ranks' GPUs have room again for what comes after it (VAE)."""
         pool = self._pool
-        if pool and any(kind_of(device) != CPU for device in self.devices):
+        if pool and pool.alive and any(kind_of(device) != CPU for device in self.devices):
             with pool.lock:
                 pool.tell(Release(cache=True))
                 with suppress(LeapfrogError):  # the next call tells why
