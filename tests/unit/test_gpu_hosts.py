@@ -10,10 +10,12 @@ from typing import Any
 import comfy.cli_args
 import comfy.model_management
 import comfy.model_patcher
+import comfy.sd
 import pytest
 import torch
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
+import tiny_models
 from leapfrog.nodes import AsyncUNetSplit
 from leapfrog.nodes.ranks_memory import LanesMemory
 from leapfrog.nodes.recipe import COMPUTE_ARGS, compute_args, recipe_of, weight_bytes
@@ -21,7 +23,7 @@ from leapfrog.nodes.rounds_sampler import step_aside
 from leapfrog.parallel_backend import plan
 from leapfrog.parallel_backend.devices import Machine
 from leapfrog.parallel_backend.worker.models.trace import Stash
-from ranks import load, parastep
+from ranks import parastep
 
 OPTIONS = {action.dest: action.option_strings for action in comfy.cli_args.parser._actions}
 GPU = torch.device("cuda", 0)
@@ -31,7 +33,7 @@ GPU = torch.device("cuda", 0)
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A MODEL whose host has two GPUs and computes on the first."""
     monkeypatch.setattr(plan, "this_machine", lambda: Machine(cuda=2, cores=4))
-    made = load("flux").clone()
+    made = comfy.sd.load_diffusion_model(str(tiny_models.tiny_flux()))  # its own: what is known of it is kept
     made.load_device = GPU
     return made
 
@@ -177,7 +179,9 @@ def test_room_is_made_on_another_gpu_where_comfyui_has_put_a_model(model: Any, m
     monkeypatch.setattr(manager, "current_loaded_models", [])
     monkeypatch.setattr(manager, "free_memory", lambda _, device, **__: asked.append(device))
     encoder = comfy.model_patcher.ModelPatcher(torch.nn.Linear(1, 1), torch.device("cuda:1"), torch.device("cpu"))
-    manager.current_loaded_models.append(SimpleNamespace(model=encoder, device=encoder.load_device))
+    manager.current_loaded_models.append(
+        SimpleNamespace(model=encoder, device=encoder.load_device, real_model=lambda: True)
+    )
     lanes: Any = SimpleNamespace(devices=("cuda:0", "cuda:1", "b/cuda:0"), loaded_bytes=lambda rank: 0, nbytes=1)
     LanesMemory(model, lanes).announce(model)
     assert asked == [GPU, torch.device("cuda:1")]
