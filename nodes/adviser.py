@@ -19,7 +19,7 @@ from .standin import StandInPatcher
 
 SMALL_PRINT = (
     "Predicted from times measured on these devices, the denoiser's alone. Fidelity is PSNR to ComfyUI alone, the "
-    "lowest of three small models that it was measured on (docs/quality); your model may differ."
+    "lowest of the small models of that kind that it was measured on (docs/quality); yours may differ."
 )
 
 

@@ -40,7 +40,7 @@ class Facts:
     These are times of a rank while no other computes; ``crowd`` is how many times as long it takes while all do.
     ``shared`` are the bytes of weights outside the units, ``host`` the seconds from the host to a rank and back,
     ``free`` the bytes of memory that each device can give, None where nobody counts. ``batch`` is how many pictures a
-    conditioning has, which ParaStep may spread.
+    conditioning has, which ParaStep may spread. ``sound``: it makes sound, for which fidelity is another.
     """
 
     units: tuple[Unit, ...]
@@ -52,6 +52,7 @@ class Facts:
     crowd: float = 1.0
     free: int | None = None
     batch: int = 1
+    sound: bool = False
 
     def whole(self, conditionings: float) -> float:
         """Seconds of a whole evaluation of so many conditionings, on the line through those of one and of two."""
@@ -174,7 +175,7 @@ def _plans(facts: Facts, steps: int, conditionings: int, devices: tuple[str, ...
         yield Advice(None, alone, 1.0, facts.nbytes, math.inf)
         for count in range(1, len(devices) + 1):
             for plan, fidelity in _lanes_plans(devices[:count], conditionings * facts.batch):
-                known = expected(fidelity, plan.lanes, steps)
+                known = expected(fidelity, plan.lanes, steps, facts.sound)
                 seconds = lanes_seconds(facts, plan, steps, conditionings)
                 seconds *= known.longer if known and plan.lanes > 1 else 1.0
                 decibels = math.inf if plan.lanes == 1 else known.decibels if known else None
@@ -184,7 +185,7 @@ def _plans(facts: Facts, steps: int, conditionings: int, devices: tuple[str, ...
             seconds, nbytes = split_seconds(facts, plan, steps, conditionings)
         except ValueError:  # no cut fits the devices
             continue
-        known = expected(plan.mode, plan.degree, steps) if plan.stride == 1 else None
+        known = expected(plan.mode, plan.degree, steps, facts.sound) if plan.stride == 1 else None
         seconds *= known.longer if known else 1.0
         decibels = math.inf if plan.mode == "exact" else known.decibels if known else None
         yield Advice(plan, seconds, alone / seconds, nbytes, decibels)

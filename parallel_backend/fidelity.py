@@ -1,7 +1,8 @@
 """How close plans come to ComfyUI alone, and at which pace: what was measured once, for want of the user's own model.
 
-From docs/quality: the trained proving models (a small Flux, U-Net and Wan) with Euler and DPM++ 2M, steps 20 and 50. Of
-these six, the lowest fidelity and the lowest speed count.
+From docs/quality: the trained proving models, steps 20 and 50. For pictures and video the lowest fidelity and the
+lowest speed of six runs count (a small Flux, U-Net and Wan, with Euler and with DPM++ 2M); for sound there is one (a
+small Stable Audio with Euler).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Measured:
 
 
 # (mode or preset, components or lanes) -> steps -> what was measured.
-TABLE: dict[tuple[str, int], dict[int, Measured]] = {
+Table = dict[tuple[str, int], dict[int, Measured]]
+TABLE: Table = {
     ("lookahead", 2): {20: Measured(52.1, 1.67), 50: Measured(57.3, 1.89)},
     ("lookahead", 4): {20: Measured(49.4, 1.53), 50: Measured(53.6, 3.21)},
     ("lookahead", 8): {20: Measured(48.6, 1.68), 50: Measured(51.6, 2.91)},
@@ -44,6 +46,23 @@ TABLE: dict[tuple[str, int], dict[int, Measured]] = {
     ("fast", 4): {20: Measured(47.8, 1.76), 50: Measured(57.8, 3.12)},
     ("fast", 8): {20: Measured(47.8, 1.76), 50: Measured(51.9, 3.51)},
 }
+SOUND: Table = {
+    ("lookahead", 2): {20: Measured(49.4, 1.38), 50: Measured(61.0, 1.87)},
+    ("lookahead", 4): {20: Measured(46.7, 1.54), 50: Measured(55.2, 2.35)},
+    ("extrapolated", 2): {20: Measured(34.0, 1.74), 50: Measured(49.4, 1.89)},
+    ("extrapolated", 4): {20: Measured(25.6, 2.76), 50: Measured(37.4, 3.39)},
+    ("asyncdiff", 2): {20: Measured(26.6, 1.74), 50: Measured(33.2, 1.89)},
+    ("asyncdiff", 4): {20: Measured(21.7, 2.76), 50: Measured(25.1, 3.39)},
+    ("faithful", 2): {20: Measured(70.8, 1.21), 50: Measured(71.9, 1.78)},
+    ("faithful", 4): {20: Measured(62.0, 1.28), 50: Measured(67.4, 2.21)},
+    ("faithful", 8): {20: Measured(62.0, 1.28), 50: Measured(65.4, 2.28)},
+    ("balanced", 2): {20: Measured(58.8, 1.28), 50: Measured(70.3, 1.82)},
+    ("balanced", 4): {20: Measured(53.0, 1.35), 50: Measured(62.7, 2.44)},
+    ("balanced", 8): {20: Measured(53.0, 1.35), 50: Measured(59.7, 2.50)},
+    ("fast", 2): {20: Measured(52.0, 1.41), 50: Measured(69.8, 1.85)},
+    ("fast", 4): {20: Measured(45.6, 1.50), 50: Measured(55.3, 2.67)},
+    ("fast", 8): {20: Measured(45.6, 1.50), 50: Measured(52.8, 2.75)},
+}
 
 
 @dataclass(frozen=True)
@@ -54,18 +73,19 @@ class Expected:
     longer: float
 
 
-def expected(kind: str, degree: int, steps: int) -> Expected | None:
+def expected(kind: str, degree: int, steps: int, sound: bool = False) -> Expected | None:
     """What may be expected of a split in mode ``kind`` with so many components, or of ParaStep's preset with so many
     lanes; None where nothing like it was measured.
 
     Between what was measured counts the harder case: the next higher degree, the next lower number of steps.
     """
-    degrees = [known for name, known in TABLE if name == kind and known >= degree]
+    table = SOUND if sound else TABLE
+    degrees = [known for name, known in table if name == kind and known >= degree]
     counts = [known for known in (20, 50) if known <= steps]
     if not degrees or not counts:
         return None
     harder, fewer = min(degrees), max(counts)
-    found = TABLE[kind, harder][fewer]
+    found = table[kind, harder][fewer]
     return Expected(found.decibels, max(1.0, _pace_without_rejection(kind, harder, fewer) / found.pace))
 
 

@@ -110,6 +110,7 @@ class Survey(LanesDenoiser):
             crowd=crowd,
             free=min((free for free in pool.free(tick) if free is not None), default=None),
             batch=call.count // call.group,
+            sound=first_tensor(x).ndim == 3,  # [rows, channels, frames]
         )
 
     def _trace(

@@ -156,18 +156,33 @@ def test_rejected_steps_are_paid_for_as_measured():
     assert eight.speed == pytest.approx(1.6, rel=0.01)
 
 
-def test_what_is_expected_is_what_was_measured_at_worst():
+@pytest.mark.parametrize(
+    ("table", "runs"),
+    [
+        (fidelity.TABLE, [f"{model}-{by}.csv" for model in ("flux", "unet", "wan") for by in ("euler", "dpmpp_2m")]),
+        (fidelity.SOUND, ["audio-euler.csv"]),
+    ],
+)
+def test_what_is_expected_is_what_was_measured_at_worst(table: fidelity.Table, runs: list[str]):
     titles = {"lookahead": "lookahead", "extrapolated": "AsyncDiff, states extrapolated",
               "asyncdiff": "AsyncDiff as published", "faithful": "ParaStep, faithful",
               "balanced": "ParaStep, balanced", "fast": "ParaStep, fast"}  # fmt: skip
-    runs = [f"{model}-{sampler}.csv" for model in ("flux", "unet", "wan") for sampler in ("euler", "dpmpp_2m")]
     rows = [row for name in runs for row in read(ROOT / "docs/quality" / name)]
-    for (kind, degree), by_steps in fidelity.TABLE.items():
+    for (kind, degree), by_steps in table.items():
         for steps, known in by_steps.items():
             found = [row for row in rows if (row.mode, row.degree, row.of) == (titles[kind], degree, steps)]
             assert len(found) == len(runs)
             assert known.decibels == pytest.approx(min(row.psnr for row in found), abs=0.051)
             assert known.pace == pytest.approx(min(row.speed for row in found), abs=0.0051)
+
+
+def test_sound_is_another_matter():
+    def closeness(sound: bool) -> float:
+        plans = advise(chain(sound=sound), 20, 1, CPUS[:2], "fastest")
+        return next(one.decibels for one in plans if one.fidelity == "balanced" and one.plan and one.plan.lanes == 2)
+
+    assert closeness(True) == fidelity.SOUND["balanced", 2][20].decibels
+    assert closeness(False) == fidelity.TABLE["balanced", 2][20].decibels
 
 
 def test_where_nothing_was_rejected_a_run_takes_no_longer():
