@@ -35,9 +35,9 @@ KEPT = (
     "CUDA_DEVICE_ORDER CUBLAS_WORKSPACE_CONFIG NVIDIA_TF32_OVERRIDE XDG_CACHE_HOME HF_HUB_OFFLINE TRITON_CACHE_DIR CC"
 ).split()
 KEPT_PREFIXES = (
-    "LEAPFROG_ NCCL_ TORCH_NCCL_ CUDA_MPS_ MALLOC_ "
-    "RCCL_ HSA_ ROCR_ TORCH_ROCM_ TORCH_BLAS_ MIOPEN_ PYTORCH_TUNABLEOP_ FLASH_ATTENTION_"
-).split()
+    "LEAPFROG_", "NCCL_", "TORCH_NCCL_", "CUDA_MPS_", "MALLOC_", "RCCL_", "HSA_", "ROCR_", "TORCH_ROCM_", "TORCH_BLAS_",
+    "MIOPEN_", "PYTORCH_TUNABLEOP_", "FLASH_ATTENTION_",
+)  # fmt: skip
 # What worker/rank.py puts in front of the lines that have a level; the rest is what libraries print.
 LEVEL = re.compile(r"(DEBUG|INFO|WARNING|ERROR|CRITICAL):(.*)")
 MAX_LINE = 4096
@@ -49,7 +49,7 @@ def rank_environment(device: str, backend: str, threads: int, address: str = LOO
 
     Raises OSError where no interface of this machine has the address.
     """
-    env = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(tuple(KEPT_PREFIXES))}
+    env = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
     env["PYTHONUNBUFFERED"] = "1"
     env["CUDA_VISIBLE_DEVICES"] = _visible(kind_of(device))
     if threads:
