@@ -11,7 +11,7 @@ from .cutting import FOR_WEIGHTS, best_bounds
 from .fidelity import SPLIT_WARMUP, expected
 from .plan import BALANCES, MOST, WORTH, LanesPlan, SplitPlan
 from .schedules.partition import component_seconds
-from .schedules.simulate import Link, Mode, crossing, rounds_seconds, rounds_taken, run_seconds
+from .schedules.simulate import Link, crossing, rounds_seconds, run_seconds
 
 WISHES = ("balanced", "fastest", "faithful", "least memory")
 ENOUGH = {"balanced": 50.0, "faithful": 65.0}
@@ -223,11 +223,9 @@ def _split_plans(devices: tuple[str, ...], conditionings: int, units: int) -> It
 
 def lanes_seconds(facts: Facts, plan: LanesPlan, steps: int, conditionings: int) -> float:
     """Seconds of a run if nothing is rejected."""
-    lanes = plan.lanes_for(conditionings)
-    rounds = rounds_taken(steps, lanes, plan.warmup, grows=plan.bound < math.inf and not plan.eager)
     return rounds_seconds(
-        rounds, conditionings * facts.batch, len(plan.devices), lambda rows: facts.whole(rows / facts.batch),
-        host=facts.host, crowd=facts.crowd,
+        plan.rounds(steps, conditionings), conditionings * facts.batch, len(plan.devices),
+        lambda rows: facts.whole(rows / facts.batch), host=facts.host, crowd=facts.crowd,
     )  # fmt: skip
 
 
@@ -242,11 +240,10 @@ def split_seconds(facts: Facts, plan: SplitPlan, steps: int, conditionings: int)
     bounds = facts.bounds(len(lanes[0]) - plan.stride + 1, each, plan.balance)
     costs = [unit.seconds[each - 1] for unit in facts.units]
     traffic = crossing([each * unit.output for unit in facts.units], [unit.needs for unit in facts.units], bounds)
-    modes: dict[str, Mode] = {"lookahead": "lookahead", "asyncdiff": "asyncdiff", "extrapolated": "asyncdiff"}
     # two lanes are always at work at once
     always = facts.crowd if len(lanes) > 1 else 1.0
     seconds = run_seconds(
-        modes.get(plan.mode, "exact"), steps, component_seconds(costs, bounds, head=head), traffic, facts.link,
+        plan.schedule, steps, component_seconds(costs, bounds, head=head), traffic, facts.link,
         stem=stem, warmup=plan.warmup, stride=plan.stride, host=facts.host, row_scale=always,
         crowd=facts.crowd / always,
     )  # fmt: skip

@@ -12,8 +12,8 @@ from .calibration import USUAL, Calibration, ShortRun
 from .devices import choose_devices, this_machine
 from .errors import LeapfrogError
 from .protocol import Recipe
-from .schedules.parastep import PREDICTORS, Guard, Predictor, ideal_speedup
-from .schedules.simulate import Link, run_seconds
+from .schedules.parastep import PREDICTORS, Guard, Predictor
+from .schedules.simulate import Link, Mode, rounds_seconds, rounds_taken, run_seconds
 from .units import find_units
 
 SPLIT_MODES = ("lookahead", "asyncdiff", "extrapolated", "exact")
@@ -114,19 +114,28 @@ class SplitPlan:
         lane = self.degree + self.stride - 1 if self.degree else devices // (2 if two else 1)
         return [list(range(at * lane, (at + 1) * lane)) for at in range(2 if two else 1)]
 
+    @property
+    def schedule(self) -> Mode:
+        """What times of such a run are simulated by."""
+        if self.mode in STALE_MODES:
+            return "asyncdiff"
+        return "lookahead" if self.mode == "lookahead" else "exact"
+
     def promise(self, steps: int, lanes: int, components: int, slowest: float) -> str:
         """What may be expected of a run, in words for the user: so many ``lanes`` of ``components``, the slowest of
         which takes this share of the time that the whole denoiser takes on one device."""
         if self.mode == "exact" or components == 1:
             return f"at most {lanes:.2f}x, exact" if lanes > 1 else "no faster than one device, exact"
+        speed = lanes * self.ideal_speedup(steps, components, slowest)
+        of = f"{steps} steps, {components} components, the slowest takes {slowest:.0%} of a step"
+        said = f"at most {speed:.2f}x ({of})"
+        return said if speed >= WORTH else f"{said}: not worth it here"
+
+    def ideal_speedup(self, steps: int, components: int, slowest: float) -> float:
+        """Speed of one lane against one device, with the slowest of the components as in :meth:`promise`, if nothing
+        is rejected and links take no time."""
         parts = [slowest, *[(1 - slowest) / (components - 1)] * (components - 1)]
-        mode = "lookahead" if self.mode == "lookahead" else "asyncdiff"
-        seconds = run_seconds(mode, steps, parts, {}, Link(), warmup=self.warmup, stride=self.stride)
-        said = (
-            f"at most {lanes * steps / seconds:.2f}x ({steps} steps, {components} components, the slowest takes "
-            f"{slowest:.0%} of a step)"
-        )
-        return said if lanes * steps >= WORTH * seconds else f"{said}: not worth it here"
+        return steps / run_seconds(self.schedule, steps, parts, {}, Link(), warmup=self.warmup, stride=self.stride)
 
     def check(self, denoiser: Any) -> None:
         """Raises LeapfrogError: unsupported_model, or bad_plan for more components than the denoiser has units."""
@@ -143,9 +152,10 @@ class LanesPlan:
     """ParaStep: up to ``lanes`` evaluations per round, spread over ``devices`` that each hold the whole denoiser.
 
     ``lanes`` 0: as many as are left for each when every conditioning of a call has a device of its own. The first
-    ``warmup`` evaluations are single. ``bound`` is the relative drift of the latent up to which an evaluation is
-    accepted, infinite: all are. ``eager``: all lanes are evaluated in every round, whatever was rejected before.
-    ``calibrate``: the bound is for a model of usual sensitivity, see :meth:`calibrated`.
+    ``warmup`` evaluations are single, and so is the last, unless all is as published (``predictor`` "paper", nothing
+    rejected). ``bound`` is the relative drift of the latent up to which an evaluation is accepted, infinite: all are.
+    ``eager``: all lanes are evaluated in every round, whatever was rejected before. ``calibrate``: the bound is for a
+    model of usual sensitivity, see :meth:`calibrated`.
     """
 
     devices: tuple[str, ...]
@@ -215,19 +225,36 @@ class LanesPlan:
         lanes = self.lanes_for(conditionings)
         if lanes == 1:
             return None
-        guard = Guard(lanes, self.warmup, self.bound, self.eager)
+        guard = Guard(lanes, self.warmup, self.bound, self.eager, not self._as_published)
         return guard, Predictor(self.predictor, spacing=2 if lanes >= 4 else 1)
 
-    def promise(self, steps: int, conditionings: int) -> str:
-        """What may be expected of such a run, in words for the user."""
+    @property
+    def _as_published(self) -> bool:
+        return self.predictor == "paper" and math.isinf(self.bound)
+
+    def rounds(self, steps: int, conditionings: int) -> list[int]:
+        """Evaluations of each round of such a run of so many steps, if nothing is rejected."""
+        grows = not (math.isinf(self.bound) or self.eager)
+        lanes = self.lanes_for(conditionings)
+        return rounds_taken(steps, lanes, self.warmup, grows=grows, last_alone=not self._as_published)
+
+    def ideal_speedup(self, steps: int, conditionings: int, batch: int = 1) -> float:
+        """Speed against one device if nothing is rejected and a round takes as long as its device with most rows, of
+        which an evaluation has one for each conditioning and each of so many pictures."""
+        rows = conditionings * batch
+        return steps * rows / rounds_seconds(self.rounds(steps, conditionings), rows, len(self.devices), float)
+
+    def promise(self, steps: int, conditionings: int, batch: int = 1) -> str:
+        """What may be expected of such a run with so many pictures at once, in words for the user."""
         lanes, devices = self.lanes_for(conditionings), len(self.devices)
-        bound = ideal_speedup(steps, lanes, self.warmup, devices, conditionings)
-        exact = ideal_speedup(steps, 1, 0, devices, conditionings)
+        bound = self.ideal_speedup(steps, conditionings, batch)
+        exact = replace(self, lanes=1).ideal_speedup(steps, conditionings, batch)
         where = f"{devices} devices" if devices > 1 else "one device"
         if lanes == 1 and exact == 1:
             return f"{steps} steps one by one, nothing to do for a second device; set lanes to 2 or more"
         if lanes == 1:
-            return f"at most {exact:.2f}x ({steps} steps one by one, the prompts on {where}), exact"
+            spread = "the prompts" if conditionings > 1 else "the pictures"
+            return f"at most {exact:.2f}x ({steps} steps one by one, {spread} on {where}), exact"
         if devices == 1:
             return f"{steps} steps, {lanes} as one batch on {where}; pays only where one does not fill it"
         said = f"at most {bound:.2f}x ({steps} steps, {lanes} at once, {where})"

@@ -173,7 +173,7 @@ class Rounds:
         wanted = [question]
         self._spare = None
         if self._scout_waits_at(index, question):
-            *more, self._spare = self._predicted(index, question, guard.length(index), predictor)
+            more, self._spare = self._predicted(index, question, guard, predictor)
             wanted += [one.question for one in more]
         under_way = len(self._under_way)
         if len(wanted) > under_way:
@@ -185,27 +185,28 @@ class Rounds:
             with suppress(Exception):  # happens again, and is told, when it is needed
                 self._send_scout()
 
-    def _predicted(self, index: int, question: Question, length: int, predictor: Predictor) -> list[Any]:
-        """Where the ``length`` evaluations after this one will be, the last of which is for comparison only.
+    def _predicted(
+        self, index: int, question: Question, guard: Guard, predictor: Predictor
+    ) -> tuple[list[_UnderWay], _UnderWay | None]:
+        """Where the other evaluations of a round that begins with this one will be, and one more, for comparison only.
 
-        There are fewer before a change of conditioning, which none crosses, and at the end of the run: the very last
-        evaluation is not among them, because ending on a predicted latent costs up to 15 dB.
+        There are fewer before a change of conditioning, which none crosses, and at the end of the run.
         """
         assert self._scout
-        found: list[Any] = []
-        for lane in range(length):
+        found: list[_UnderWay] = []
+        for lane in range(guard.length(index)):
             if self._section_of(question.level) != self._section:
-                return [*found[:-1], None]
+                return found[:-1], None
             try:
                 self._scout.answer(predictor.guess(index + lane, self._at(question), question.x, question.level, lane))
             except Exception:  # a prediction that the sampler cannot work with
-                return [*found, None]
+                return found, None
             there = self._scout.question
             if there is None:
-                return [*found[:-1], None]
+                return found[:-1] if guard.last_alone else found, None
             question = there
             found.append(_UnderWay(index + lane + 1, lane + 1, question, None))
-        return found
+        return found[:-1], found[-1]
 
     def _scout_waits_at(self, index: int, question: Question) -> bool:
         """Whether a scout, answered as the true sampler was, asks just what that asks."""

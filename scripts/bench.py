@@ -248,41 +248,48 @@ def rows_of(options: argparse.Namespace, whole: Any) -> dict[str, Row]:
 
     from leapfrog.nodes import AsyncUNetSplit
     from leapfrog.nodes.rounds_sampler import in_rounds
-    from leapfrog.parallel_backend import LanesPlan
-    from leapfrog.parallel_backend.schedules import asyncdiff, parastep
+    from leapfrog.parallel_backend import LanesPlan, SplitPlan
 
     ranks, steps, warmup = options.ranks, options.steps, options.warmup
     euler, named = comfy.samplers.sampler_object("euler"), ",".join(devices(ranks))
-    splits = {
-        mode: AsyncUNetSplit.execute(whole, named, ranks, warmup, 1, mode, cfg_lanes="off").args[0]
-        for mode in ("lookahead", "asyncdiff", "exact")
-    }
 
-    def lanes(count: int, predictor: str = "linear") -> Any:
-        return in_rounds(LanesPlan.choose(named, count, warmup, predictor, "unguarded"), euler)
-
-    def row(bound: float, model: Any = whole, sampler: Any = euler, cfg: float = CFG, share: float = 1.0) -> Row:
+    def row(model: Any = whole, sampler: Any = euler, cfg: float = CFG, bound: float = 1.0, share: float = 1.0) -> Row:
         beside = ALONE if cfg == CFG else ALONE_UNGUIDED
         return Row(lambda n: timed(options, model, sampler, max(1, round(share * n)), cfg), bound, beside)
 
-    rounds = parastep.ideal_speedup(steps, ranks, warmup)
+    def split(mode: str) -> Row:
+        bound = SplitPlan(devices(ranks), ranks, warmup, mode).ideal_speedup(steps, ranks, 1 / ranks)
+        return row(AsyncUNetSplit.execute(whole, named, ranks, warmup, 1, mode, cfg_lanes="off").args[0], bound=bound)
+
+    def lanes(count: int, cfg: float, predictor: str = "linear", fidelity: str = "balanced") -> Row:
+        plan = LanesPlan.choose(named, count, warmup, predictor, fidelity)
+        conditionings = 1 if cfg == 1 else 2
+        bound = plan.ideal_speedup(steps, conditionings, options.pictures)
+        return row(sampler=in_rounds(plan, euler), cfg=cfg, bound=bound)
+
+    def cached(cfg: float) -> Row:
+        return row(EasyCacheNode.execute(whole, 0.2, 0.15, 0.95, False).args[0], cfg=cfg)
+
+    ahead, parallel_lanes = split("lookahead"), lanes(ranks, 1.0)
     native = {}
     if devices(ranks)[0] != CPU:  # it counts CUDA devices only
         from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
 
-        native["MultiGPU CFG Split"] = row(2.0, MultiGPUCFGSplitNode.execute(whole.clone(), 2).args[0])
+        native["MultiGPU CFG Split"] = row(MultiGPUCFGSplitNode.execute(whole.clone(), 2).args[0], bound=2.0)
     return {
-        ALONE: row(1.0),
-        "EasyCache, threshold 0.2": row(1.0, EasyCacheNode.execute(whole, 0.2, 0.15, 0.95, False).args[0]),
-        "half of the steps": row(1.0, share=0.5),
+        ALONE: row(),
+        "EasyCache, threshold 0.2": cached(CFG),
+        f"{round(steps / ahead.bound)} steps": row(share=1 / ahead.bound),
         **native,
-        "Async UNet Split, exact": row(1.0, splits["exact"]),
-        "Async UNet Split, lookahead": row(asyncdiff.ideal_speedup(steps, warmup + 1, 1 / ranks), splits["lookahead"]),
-        "Async UNet Split, asyncdiff": row(asyncdiff.ideal_speedup(steps, warmup, 1 / ranks), splits["asyncdiff"]),
-        "ParaStep, CFG lanes": row(2.0, sampler=lanes(1)),
-        ALONE_UNGUIDED: row(1.0, cfg=1.0),
-        parallel(options): row(rounds, sampler=lanes(ranks), cfg=1.0),
-        "ParaStep as published, CFG 1": row(rounds, sampler=lanes(ranks, "paper"), cfg=1.0),
+        "Async UNet Split, exact": split("exact"),
+        "Async UNet Split, lookahead": ahead,
+        "Async UNet Split, asyncdiff": split("asyncdiff"),
+        "ParaStep, CFG lanes": lanes(1, CFG),
+        ALONE_UNGUIDED: row(cfg=1.0),
+        "EasyCache, threshold 0.2, CFG 1": cached(1.0),
+        f"{round(steps / parallel_lanes.bound)} steps, CFG 1": row(cfg=1.0, share=1 / parallel_lanes.bound),
+        parallel(options): parallel_lanes,
+        "ParaStep as published, CFG 1": lanes(ranks, 1.0, "paper", "unguarded"),
     }
 
 

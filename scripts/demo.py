@@ -57,7 +57,7 @@ class Mode:
 
 def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
     """The rows. The last is what a user has without us: the better solver, with as many steps as the same time buys."""
-    from leapfrog.parallel_backend.schedules import parastep
+    from leapfrog.parallel_backend import LanesPlan
 
     def graph(name: str, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
         nodes = json.loads((GRAPHS / f"{name}.json").read_text())
@@ -67,7 +67,7 @@ def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
         return nodes
 
     plain = {"sample": {"steps": steps}}
-    fewer = round(steps / parastep.ideal_speedup(steps, LANES))
+    fewer = round(steps / LanesPlan.choose(devices, LANES).ideal_speedup(steps, conditionings=1))
     baseline = {"sample": {"steps": fewer, "sampler_name": "dpmpp_2m"}}
     lanes = {"sigmas": {"steps": steps}, "sampler": {"devices": devices, "lanes": LANES}}
 

@@ -37,10 +37,11 @@ class Subject:
     side: int
     rows: int = 2
     dtype: str = "float16"
+    channels: int = 4
 
 
 SUBJECTS = {name: Subject(MODELS[name].side) for name in ("sd15", "sd21", "sdxl")} | {
-    "flux": Subject(128, 1, "bfloat16")
+    "flux": Subject(128, 1, "bfloat16", FLUX["in_channels"])
 }
 FLUX_TOKENS = 512
 

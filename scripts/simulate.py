@@ -2,13 +2,14 @@
 
     python scripts/simulate.py --profile sd15 sd21 sdxl      # measure units here, into build/simulate/<name>.json
     python scripts/simulate.py build/simulate/*.json         # print the tables
+    python scripts/simulate.py build/simulate/*.json --by-link --devices 2 4   # slow links and fast ones, instead
 
 A profile is JSON: {"model", "source", "units": [{"name", "needs", "layers": [{"seconds", "output_bytes",
 "weight_bytes"}]}], "stem_seconds", "stem_bytes", "head_seconds", "head_bytes"}. ``needs`` are the indices of the
 earlier units whose outputs a unit reads; a unit is one layer or several in a row, of which the first reads those. The
 stem is what every rank runs, the head follows the last unit. Whatever measures units on another device can write one.
 
-It may say "rows" and "side" of the latent. One measured on a GPU names it as "device", with "whole_seconds" of a
+It says "rows" and "side" of the latent. One measured on a GPU names it as "device", with "whole_seconds" of a
 forward in one go and, where there are two rows, "row_seconds" of a forward with one: it gets a table of its own, in
 which nothing is scaled.
 """
@@ -30,9 +31,9 @@ from profile_units import CPU, CUDA, SUBJECTS, in_forwards, layer_by_layer
 FOLDER = BUILD / "simulate"
 STEPS = 50
 REPEAT = {CPU: 3, CUDA: 20}
-GPU_LINKS = [12.0, 50.0, 300.0]
-"""GB/s each way in the table of GPUs, about: PCIe by way of the host's memory, which the other tables have; 16 lanes of
-PCIe 5.0; NVLink between two H100."""
+LINKS = [0.125, 1.25, 12.0, 50.0, 300.0]
+"""GB/s each way in the tables by link, about: Ethernet of 1 and of 10 Gbit/s; PCIe by way of the host's memory, which
+the other tables have; 16 lanes of PCIe 5.0; NVLink between two H100."""
 
 # AsyncDiff (arXiv 2406.06911), 50 steps, NVIDIA A5000: seconds of the unmodified run, and (components, stride): speed.
 PUBLISHED: dict[str, tuple[str, float, dict[tuple[int, int], float]]] = {
@@ -121,6 +122,16 @@ class Simulation:
             stem=self.stem, host=host, **changes,
         )  # fmt: skip
         return STEPS * self.whole / took, sum(traffic.values())
+
+    def speed_in_rounds(self, rows: int, half: float, devices: int, host: float) -> tuple[int, float]:
+        """``(lanes, speed against one device)`` of ParaStep with as many lanes as occupy the devices, if nothing is
+        rejected; ``half`` is the time of one row as a share of that of two."""
+        from leapfrog.parallel_backend.schedules.simulate import rounds_seconds, rounds_taken
+
+        lanes = devices // rows
+        rounds = rounds_taken(STEPS, lanes, grows=True)
+        took = rounds_seconds(rounds, rows, devices, lambda n: self.whole * (half if n < rows else n / rows), host=host)
+        return lanes, STEPS * self.whole / took
 
     def share(self, bounds: Any) -> float:
         """Time of the slowest component against the whole."""
@@ -215,45 +226,60 @@ def tables(simulations: list[tuple[Simulation, Simulation]], options: argparse.N
 
 def as_measured(profiles: list[dict[str, Any]], options: argparse.Namespace) -> Iterable[str]:
     """Of profiles that were measured on a GPU: several such GPUs against one, with the times as they are."""
-    from leapfrog.parallel_backend.schedules.simulate import Link
-
     yield f"### SIMULATED speeds of several GPUs against the one that was measured, {STEPS} steps"
     yield ""
-    yield (
-        "Unit times, and those of one row instead of two for CFG lanes, as measured, not scaled. Cut between layers. "
-        f"Ideal: no time between devices. Else {options.latency:g} us a message, {options.host:g} ms host round trip a "
-        "step and links of so many GB/s each way."
-    )
-    yield ""
-    columns = "".join(f" {bandwidth:g} GB/s |" for bandwidth in options.links)
-    yield f"| model | latent | ms a step | devices | mode | warm-up | ideal | {columns[1:]} MB a step |"
-    yield "|---" * (8 + len(options.links)) + "|"
-    sides = [f"{measured['rows']}x{measured['side']}x{measured['side']}" for measured in profiles]
-    links = [(Link(), 0.0)]
-    links += [(Link(rate * 1e9, options.latency * 1e-6), options.host * 1e-3) for rate in options.links]
-    for measured, latent in zip(profiles, sides, strict=True):
-        fine = Simulation(measured, None, layers=True)
-        for devices in options.devices:
-            for mode, components, stride, lanes, warmup in rows(fine.model, devices):
-                if lanes and "row_seconds" not in measured:
-                    continue
-                changes: dict[str, Any] = {"warmup": warmup, "stride": stride}
-                if lanes:
-                    changes |= {"row_scale": measured["row_seconds"] / measured["whole_seconds"], "row_bytes": 0.5}
-                found = [fine.speed(mode, components, link, host, **changes) for link, host in links]
-                way = label(mode, components, stride, lanes, warmup)
-                speeds = " | ".join(f"{speed:.2f}x" for speed, _ in found)
-                begin = f"| {fine.title} | {latent} | {1e3 * fine.whole:.1f} | {devices} | {way}"
-                yield f"{begin} | {speeds} | {found[0][1] / 1e6:.1f} |"
+    yield "Unit times, and those of one row instead of two, as measured, not scaled."
+    yield from by_link([(measured, Simulation(measured, None, layers=True)) for measured in profiles], options)
     yield ""
     yield "One GPU, measured:"
     yield ""
     yield "| model | latent | sum of the parts, ms | in one go, ms | one row, ms | source |"
     yield "|---|---|---|---|---|---|"
-    for measured, latent in zip(profiles, sides, strict=True):
+    for measured in profiles:
         alone = f"{1e3 * measured['row_seconds']:.1f}" if "row_seconds" in measured else "-"
         times = f"{1e3 * Simulation(measured, None).whole:.1f} | {1e3 * measured['whole_seconds']:.1f} | {alone}"
-        yield f"| {TITLES[measured['model']]} | {latent} | {times} | {measured['source']} |"
+        yield f"| {TITLES[measured['model']]} | {latent(measured)} | {times} | {measured['source']} |"
+
+
+def by_link(profiles: list[tuple[dict[str, Any], Simulation]], options: argparse.Namespace) -> Iterable[str]:
+    """The same plans with slow links and with fast ones; the simulations are cut between layers."""
+    from leapfrog.parallel_backend.schedules.simulate import Link
+
+    yield (
+        f"Cut between layers. Ideal: no time between devices. Else links of so many GB/s each way, {options.latency:g} "
+        f"us a message, a host round trip of {options.host:g} ms a step, and its latents sent to the ranks and back."
+    )
+    yield ""
+    columns = "".join(f" {bandwidth:g} GB/s |" for bandwidth in options.links)
+    yield f"| model | latent | ms a step | devices | mode | warm-up | ideal |{columns} MB a step |"
+    yield "|---" * (8 + len(options.links)) + "|"
+    for measured, fine in profiles:
+        size = 2 * measured["rows"] * SUBJECTS[fine.model].channels * measured["side"] ** 2
+        links = [Link(rate * 1e9, options.latency * 1e-6) for rate in options.links]
+        ways = [(Link(), 0.0), *((link, options.host * 1e-3 + 2 * link.seconds(size)) for link in links)]
+        half = measured["row_seconds"] / measured["whole_seconds"] if "row_seconds" in measured else options.rows
+        begin = f"{fine.title} | {latent(measured)} | {1e3 * fine.whole:.1f}"
+        for devices in options.devices:
+            for mode, components, stride, lanes, warmup in rows(fine.model, devices):
+                if (mode == "lookahead" and warmup == 1) or (mode == "exact" and not lanes):
+                    continue
+                if lanes and measured["rows"] == 1:
+                    continue
+                changes: dict[str, Any] = {"warmup": warmup, "stride": stride}
+                if lanes:
+                    changes |= {"row_scale": half, "row_bytes": 0.5}
+                found = [fine.speed(mode, components, link, host, **changes) for link, host in ways]
+                speeds = " | ".join(f"{speed:.2f}x" for speed, _ in found)
+                way = label(mode, components, stride, lanes, warmup)
+                yield f"| {begin} | {devices} | {way} | {speeds} | {found[0][1] / 1e6:.1f} |"
+            if devices > measured["rows"] and devices % measured["rows"] == 0:
+                runs = [fine.speed_in_rounds(measured["rows"], half, devices, host) for _, host in ways]
+                speeds = " | ".join(f"{speed:.2f}x" for _, speed in runs)
+                yield f"| {begin} | {devices} | ParaStep, {runs[0][0]} lanes | auto | {speeds} | 0.0 |"
+
+
+def latent(measured: dict[str, Any]) -> str:
+    return f"{measured['rows']}x{measured['side']}x{measured['side']}"
 
 
 def label(mode: str, components: int, stride: int, lanes: bool, warmup: int) -> str:
@@ -287,7 +313,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of the CPU")
     parser.add_argument("--devices", type=int, nargs="+", default=[2, 3, 4, 8])
     parser.add_argument("--bandwidth", type=float, default=12.0, help="of a link, GB/s each way")
-    parser.add_argument("--links", type=float, nargs="+", default=GPU_LINKS, help="the same, for the GPUs' table")
+    parser.add_argument("--links", type=float, nargs="+", default=LINKS, help="the same, for the tables by link")
+    parser.add_argument("--by-link", action="store_true", help="the same plans with slow links and with fast ones")
     parser.add_argument("--latency", type=float, default=30.0, help="of a message, microseconds")
     parser.add_argument("--host", type=float, default=0.5, help="host round trip of a step, milliseconds")
     parser.add_argument("--rows", type=float, default=0.55, help="time of half the rows against all")
@@ -306,14 +333,17 @@ def main() -> None:
     load_pack()
     profiles = [json.loads(Path(path).read_text()) for path in options.what]
     profiles.sort(key=lambda measured: list(TITLES).index(measured["model"]))
-    simulations = []
+    scaled = []
     for measured in profiles:
         published, usual = PUBLISHED.get(measured["model"]), SUBJECTS[measured["model"]].side
-        if published and measured.get("side", usual) == usual:
+        if published and measured["side"] == usual:
             step = None if options.as_measured else published[1] / STEPS
-            simulations.append((Simulation(measured, step), Simulation(measured, step, layers=True)))
-    if simulations:
-        print("\n".join(tables(simulations, options)), end="\n\n")
+            scaled.append((measured, Simulation(measured, step), Simulation(measured, step, layers=True)))
+    if scaled and options.by_link:
+        print(f"### SIMULATED speeds by link, {STEPS} steps, against one device\n")
+        print("\n".join(by_link([(measured, fine) for measured, _, fine in scaled], options)), end="\n\n")
+    elif scaled:
+        print("\n".join(tables([(one, fine) for _, one, fine in scaled], options)), end="\n\n")
     if on_gpu := [measured for measured in profiles if "device" in measured]:
         print("\n".join(as_measured(on_gpu, options)))
 

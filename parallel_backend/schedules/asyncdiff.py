@@ -70,9 +70,3 @@ class Streams:
         for stream in self._streams.values():
             if stream.number == evaluation.stream:
                 stream.settled = drift <= self._bound
-
-
-def ideal_speedup(steps: int, warmup: int, slowest: float) -> float:
-    """Speed against one device: ``warmup`` full evaluations, then the slowest component's share of one each."""
-    exact = min(warmup, steps)
-    return steps / (exact + (steps - exact) * slowest)

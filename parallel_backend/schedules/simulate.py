@@ -106,18 +106,19 @@ def run_seconds(
     return pipeline.waves(exact)
 
 
-def rounds_taken(steps: int, lanes: int, warmup: int = 0, grows: bool = False) -> list[int]:
+def rounds_taken(steps: int, lanes: int, warmup: int = 0, *, grows: bool = False, last_alone: bool = True) -> list[int]:
     """Evaluations of each round of ParaStep, in order, if nothing is rejected.
 
-    The first ``warmup`` evaluations, one at least, and the last one are rounds of their own. ``grows``: the automatic
-    warm-up, in which the second round is single as well and each has one lane more than the one before.
+    The first ``warmup`` evaluations, one at least, and with ``last_alone`` the last one are rounds of their own.
+    ``grows``: the automatic warm-up, in which the second round is single as well and each has one lane more than the
+    one before.
     """
     if steps < 1 or lanes < 1 or warmup < 0:
         raise ValueError(f"{steps} steps, {lanes} lanes, {warmup} warm-up steps")
     found: list[int] = []
     begin, length = 0, 1 if grows else lanes
     while begin < steps:
-        size = 1 if begin < max(1, warmup) else max(1, min(length, steps - 1 - begin))
+        size = 1 if begin < max(1, warmup) else max(1, min(length, steps - last_alone - begin))
         if begin and size < lanes:
             length = max(length, size + 1)
         found.append(size)

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leapfrog.parallel_backend.schedules.asyncdiff import NO_STATE, Evaluation, Streams, ideal_speedup
+from leapfrog.parallel_backend.schedules.asyncdiff import NO_STATE, Evaluation, Streams
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=60), st.integers(1, 5))
@@ -30,8 +29,3 @@ def test_an_automatic_warm_up_ends_when_the_states_of_a_stream_hold_still():
 def test_the_exact_mode_never_goes_asynchronous(arrivals: list[int]):
     streams = Streams(1, asynchronous=False, bound=0.1)
     assert all(streams.next(key) == Evaluation(NO_STATE, exact=True) for key in arrivals)
-
-
-def test_the_ideal_bound_is_warm_up_plus_the_slowest_component():
-    assert ideal_speedup(50, 1, 1 / 2) == pytest.approx(50 / 25.5)
-    assert ideal_speedup(4, 10, 1 / 2) == 1

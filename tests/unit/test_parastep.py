@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from leapfrog.parallel_backend.schedules.parastep import Guard, Predictor, ideal_speedup, position, row_shares
+from leapfrog.parallel_backend.schedules.parastep import Guard, Predictor, position, row_shares
 
 SIGMA = 2.0
 
@@ -170,22 +170,6 @@ def test_an_eager_guard_always_has_all_lanes():
 def test_a_guard_that_makes_no_sense(wrong: dict[str, float]):
     with pytest.raises(ValueError, match="no such guard"):
         Guard(**wrong)  # pyright: ignore[reportArgumentType]
-
-
-@pytest.mark.parametrize(
-    ("steps", "lanes", "warmup", "speed"),
-    [(50, 2, 5, 1.79), (50, 4, 5, 2.94), (50, 8, 5, 4.17), (50, 2, 13, 1.56), (20, 2, 3, 1.67), (8, 2, 2, 1.33),
-     (4, 2, 1, 1.0), (1, 4, 0, 1.0), (20, 1, 3, 1.0)],
-)  # fmt: skip
-def test_the_ideal_speed(steps: int, lanes: int, warmup: int, speed: float):
-    assert ideal_speedup(steps, lanes, warmup) == pytest.approx(speed, abs=0.006)
-
-
-def test_the_ideal_speed_counts_rows():
-    assert ideal_speedup(20, 1, 0, devices=2, conditionings=2) == 2.0, "CFG lanes"
-    assert ideal_speedup(20, 2, 3, devices=2, conditionings=2) == 2.0, "the same by steps, and not exact"
-    assert ideal_speedup(50, 2, 3, devices=4, conditionings=2) == pytest.approx(3.7, abs=0.01), "both"
-    assert ideal_speedup(20, 4, 3, devices=1) == 1.0, "one device has all rows to do"
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 4)), min_size=1, max_size=5), st.integers(1, 8))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import sys
@@ -134,7 +135,29 @@ def test_the_tables_of_a_gpu_stand_beside_those_that_are_scaled(
     assert "Flux" not in scaled
     assert "| ideal | 12 GB/s | 300 GB/s | MB a step |" in unscaled
     rows = [line.split(" | ") for line in unscaled.splitlines() if line.startswith(("| SD 1.5, GPU", "| Flux, GPU"))]
-    assert [row[0] for row in rows] == ["| SD 1.5, GPU"] * 5 + ["| Flux, GPU"] * 4
+    assert [row[0] for row in rows] == ["| SD 1.5, GPU"] * 3 + ["| Flux, GPU"] * 3
+    assert [row[4] for row in rows][2::3] == ["exact, CFG lanes x N=1", "ParaStep, 2 lanes"]
     for row in rows:
         ideal, slow, fast = (float(cell.removesuffix("x")) for cell in row[6:9])
         assert ideal >= fast >= slow
+
+
+def test_a_slow_link_costs_a_split_its_speed_and_parastep_none():
+    layer = {"seconds": 0.01, "output_bytes": 4_000_000, "weight_bytes": 1}
+    units = [{"name": f"{index}", "needs": [index - 1] if index else [], "layers": [layer]} for index in range(8)]
+    ends = {"stem_seconds": 0.0, "stem_bytes": 0, "head_seconds": 0.0, "head_bytes": 0}
+    measured = {"model": "sd15", "source": "made up", "rows": 2, "side": 8, "units": units, **ends}
+    given = {"links": [0.04, 400.0], "latency": 0.0, "host": 0.0, "rows": 0.5, "devices": [4]}
+    made = simulate.Simulation(measured, None, layers=True)
+    lines = [line.split(" | ") for line in simulate.by_link([(measured, made)], argparse.Namespace(**given))]
+    speed = {row[4]: [float(cell.removesuffix("x")) for cell in row[6:9]] for row in lines[4:]}
+    assert set(speed) == {
+        "asyncdiff, N=4", "asyncdiff, N=3, S=2", "lookahead, N=4", "lookahead, CFG lanes x N=2",
+        "exact, CFG lanes x N=2", "ParaStep, 2 lanes",
+    }  # fmt: skip
+    for way, (ideal, slow, fast) in speed.items():
+        assert fast == pytest.approx(ideal, rel=0.01)
+        assert slow == pytest.approx(ideal, rel=0.01) if way.startswith("ParaStep") else slow < ideal / 2
+    # an exact step of 80 ms and three messages of 100 ms; then as fast as the link takes one after another
+    assert speed["asyncdiff, N=4"][1] == pytest.approx(50 * 80 / (380 + 49 * 100), abs=0.005)
+    assert speed["ParaStep, 2 lanes"][0] == pytest.approx(2 * 50 / 27, abs=0.005)
