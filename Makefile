@@ -31,7 +31,7 @@ lint: setup
 bench: setup  ## speed on a denoiser heavy enough to tell
 	@$(BIN)/python scripts/bench.py
 
-quality: setup  ## how close both blocks come to ComfyUI alone, on the trained models, in short: build/quality
+quality: setup  ## how close both nodes come to ComfyUI alone, on the trained models, in short: build/quality
 	@$(BIN)/python scripts/quality.py --samples 4 --out build/quality
 
 families: setup  ## every architecture, U-Nets at full size: docs/families.md

@@ -18,8 +18,8 @@ from .rounds_sampler import RoundsSampler
 from .standin import StandInPatcher
 
 SMALL_PRINT = (
-    "Predicted from times measured on these devices, the denoiser's alone. Fidelity is PSNR to ComfyUI alone, the "
-    "lowest of the small models of that kind that it was measured on (docs/quality); yours may differ."
+    "Speeds are calculated from times measured here and cover the denoiser only. Fidelity (PSNR to ComfyUI alone) is "
+    "the lowest that Leapfrog's small test models of this kind reached (docs/quality); yours may differ."
 )
 
 
@@ -85,7 +85,8 @@ class SurveySampler(RoundsSampler):
 
     def memory_for(self, patcher: Any, recipe: Recipe) -> LanesMemory:
         size = weight_bytes(patcher.model.diffusion_model)
-        return LanesMemory(patcher, Survey(self.plan.devices, recipe, comfy_host(), size))
+        sound = "Audio" in type(patcher.model.latent_format).__name__
+        return LanesMemory(patcher, Survey(self.plan.devices, recipe, comfy_host(), size, sound=sound))
 
 
 def measured(model: Any, positive: Any, latent_image: dict[str, Any], devices: str) -> Survey:

@@ -16,8 +16,8 @@ class AsyncUNetSplit(io.ComfyNode):
     """
     Cuts the denoiser into parts, one per device, that work on several steps at the same time.
 
-    Each device holds only its own part of the weights. With two devices and CFG above 1 the prompt and the negative
-    prompt take a device each instead, which changes nothing in the picture, if the whole model fits. For U-Nets and
+    Each device holds only its own part of the weights. With two devices and CFG above 1, if the whole model fits on
+    each, the prompt and the negative prompt get a device each instead; the picture does not change. For U-Nets and
     transformers. Put it on the MODEL wire, in front of LoRA nodes or behind them; everything else stays. With one
     device the model passes through.
     """

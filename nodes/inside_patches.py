@@ -21,7 +21,6 @@ leaves in a variable, another one reads) and across descriptions. Kinds:
 from __future__ import annotations
 
 import dis
-import inspect
 import itertools
 import json
 import sys
@@ -35,10 +34,9 @@ import comfy.model_patcher
 import comfy.samplers
 import torch
 
-from ..parallel_backend import LeapfrogError
+from ..parallel_backend import OWN_PACKAGES, LeapfrogError, codes_named, thing_named, unwrapped
 
 ENTRIES = ("patches", "patches_replace", "optimized_attention_override")
-OWN_FOLDERS = {"comfy", "comfy_extras"}
 KEPT = 8
 READS = {"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"}
 WRITES = {"STORE_DEREF", "DELETE_DEREF"}
@@ -184,7 +182,7 @@ class _Writer:
             return ["named", "torch", thing.__name__]
         if isinstance(thing, type):
             module = _own_module(_file_of(thing))
-            if module and _find(vars(sys.modules[thing.__module__]), thing.__qualname__) is thing:
+            if module and thing_named(vars(sys.modules[thing.__module__]), thing.__qualname__) is thing:
                 return ["named", module, thing.__qualname__]
             raise TypeError(f"{where}: ComfyUI's own modules have no top-level class {_label(thing)}")
         return self._instance(thing, where)
@@ -194,7 +192,7 @@ class _Writer:
         if holds_weights or not hasattr(thing, "__dict__") or _own_module(_file_of(type(thing))) is None:
             label = _label(type(thing))
             raise TypeError(f"{label} is not made of plain data" if where == label else f"{where} is a {label}")
-        methods = [_unwrap(m) for m in vars(type(thing)).values()]
+        methods = [unwrapped(m) for m in vars(type(thing)).values()]
         self._words |= {word for m in methods if isinstance(m, FunctionType) for word in _words(m.__code__)}
         cls = self.value(type(thing), where)
         return ["instance", cls, [[k, self.value(v, f"{where}.{k}")] for k, v in vars(thing).items()]]
@@ -206,10 +204,11 @@ class _Writer:
         if module is None:
             raise TypeError(f"{named}{label} of {function.__code__.co_filename}, which is not ComfyUI's own code")
         self._words |= _words(function.__code__)
-        if _find(function.__globals__, function.__qualname__) is function:
+        if thing_named(function.__globals__, function.__qualname__) is function:
             return ["named", module, function.__qualname__]
         code = function.__code__
-        if [code] != [c for c in _codes_inside(function) if c.co_firstlineno == code.co_firstlineno]:
+        alike = codes_named(function.__globals__, function.__qualname__)
+        if [code] != [one for one in alike if one.co_firstlineno == code.co_firstlineno]:
             raise TypeError(f"{named}{label}, which {function.__globals__['__file__']} does not define")
         cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
         reads, writes = variables(code)
@@ -254,29 +253,7 @@ def _own_module(file: str | None) -> str | None:
     if path is None or not path.is_relative_to(_root):
         return None
     parts = path.relative_to(_root).with_suffix("").parts
-    return ".".join(parts) if parts[0] in OWN_FOLDERS else None
-
-
-def _unwrap(thing: Any) -> Any:
-    return thing.__func__ if isinstance(thing, classmethod | staticmethod) else thing
-
-
-def _find(namespace: Mapping[str, Any], qualname: str) -> Any:
-    """The function or class of that name, None if there is none."""
-    for name in qualname.split("."):
-        thing = _unwrap(namespace.get(name))
-        namespace = vars(thing) if isinstance(thing, type) else {}
-    return thing
-
-
-def _codes_inside(function: FunctionType) -> list[CodeType]:
-    """The code of all functions of this name that the function around it defines, as its module is now."""
-    outer, *inner = function.__qualname__.split(".<locals>.")
-    around = inspect.unwrap(_find(function.__globals__, outer))
-    codes = [around.__code__] if isinstance(around, FunctionType) else []
-    for name in ".".join(inner).split("."):
-        codes = [c for code in codes for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name]
-    return codes
+    return ".".join(parts) if parts[0] in OWN_PACKAGES else None
 
 
 def variables(code: CodeType) -> tuple[set[str], set[str]]:

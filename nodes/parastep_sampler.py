@@ -88,9 +88,11 @@ def plan_of(
     fidelity: str, lanes: int, devices: str, warmup_steps: int, predictor: str, drift_bound: float,
     calibrate: bool = False,
 ) -> LanesPlan:  # fmt: skip
-    """The plan for these options. Raises LeapfrogError bad_plan."""
-    chosen = lanes, warmup_steps, predictor, fidelity, drift_bound, calibrate
-    return LanesPlan.choose(devices, *chosen, own=own_device())
+    """The plan for these options. Raises LeapfrogError: bad_plan, bad_devices, bad_machines."""
+    return LanesPlan.choose(
+        devices, lanes, warmup=warmup_steps, predictor=predictor, fidelity=fidelity, bound=drift_bound,
+        calibrate=calibrate, own=own_device(),
+    )  # fmt: skip
 
 
 class ParaStepSampler(io.ComfyNode):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.cli_args
@@ -20,7 +19,7 @@ import comfy.weight_adapter
 import folder_paths
 import torch
 
-from ..parallel_backend import ComfyHost, LeapfrogError, Recipe
+from ..parallel_backend import ComfyHost, LeapfrogError, Patches, Recipe
 
 # Arguments of ComfyUI that change how a denoiser computes or is read; a rank must parse them as the host did.
 COMPUTE_ARGS = (
@@ -111,8 +110,7 @@ def _lies_in(file: Path, folder: Path) -> bool:
 
 
 def patches_of(model: comfy.model_patcher.ModelPatcher) -> Patches:
-    """A MODEL's weight patches (LoRA and the like): an id that changes with them, a tree that can travel, and the new
-    shapes of weights that they widen.
+    """A MODEL's weight patches (LoRA and the like).
 
     The weight hooks of the conditioning that is evaluated now are among them, at their strength of the moment.
     Raises LeapfrogError unsupported_patch naming what cannot travel; nothing is dropped.
@@ -128,7 +126,7 @@ def patches_of(model: comfy.model_patcher.ModelPatcher) -> Patches:
             )
     strengths = _hook_strengths(model)
     if not model.patches and not strengths:
-        return "", {}, {}
+        return Patches()
     version, trees = _trees.get(model, ("", {}))
     if version != str(model.patches_uuid):
         version, trees = _trees[model] = str(model.patches_uuid), {}
@@ -137,14 +135,13 @@ def patches_of(model: comfy.model_patcher.ModelPatcher) -> Patches:
         patches = {key: [*model.patches.get(key, []), *hooked.get(key, [])] for key in {**model.patches, **hooked}}
         tree = {key: [_plain_patch(key, patch) for patch in several] for key, several in patches.items()}
         name = "".join([version, *(f" hook {hook}: {strength}" for hook, strength in strengths)])
-        trees[strengths] = name, tree, reshaped_by(model)
+        trees[strengths] = Patches(name, tree, reshaped_by(model))
     return trees[strengths]
 
 
 # A call of the denoiser asks for the patches each time. ComfyUI gives a MODEL a new patches_uuid whenever patches or
 # hooks are added; hooks that it has may be on or off and change their strength from step to step.
 HookStrengths = tuple[tuple[int, float], ...]
-Patches = tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]
 _trees: WeakKeyDictionary[comfy.model_patcher.ModelPatcher, tuple[str, dict[HookStrengths, Patches]]] = (
     WeakKeyDictionary()
 )
@@ -180,7 +177,8 @@ def _plain_patch(key: str, patch: tuple) -> tuple:
         )
     if isinstance(value, list):
         raise LeapfrogError.of(
-            "unsupported_patch", f"This MODEL is merged of several (ModelMerge): {key} needs weights of another one."
+            "unsupported_patch",
+            f"This MODEL is a merge of several (ModelMerge): {key} needs weights of another one.",
         )
     if isinstance(value, tuple) and isinstance(value[0], str) and value[0] == "model_as_lora":
         raise LeapfrogError.of(

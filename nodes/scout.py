@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Scout:
         self.question: Question | None = None
         self.answered = 0
         self._answers = list(answers)
-        self._noise = noise.copy()
+        self._noise = copy.copy(noise)
         with self._noise.entered():
             self._coroutine = Coroutine(lambda: sampler(self._ask), "leapfrog scout")
         self._look()
@@ -79,11 +80,6 @@ class NoiseState:
     def __init__(self) -> None:
         self._cpu = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
-
-    def copy(self) -> NoiseState:
-        made = NoiseState.__new__(NoiseState)
-        made._cpu, made._cuda = self._cpu, self._cuda
-        return made
 
     @contextmanager
     def entered(self) -> Iterator[None]:

@@ -136,9 +136,7 @@ class StandInPatcher(RanksPatcher):
         made.parent = None
         made.cached_patcher_init = None
         if made.additional_models.pop("multigpu", None):
-            log.warning(
-                "Leapfrog: MultiGPU CFG Split in front of Async UNet Split is left out; the split has the GPUs."
-            )
+            log.warning("Leapfrog: MultiGPU CFG Split in front of Async UNet Split is ignored; the split has the GPUs.")
         # it would put the host's own denoiser back in place of the stand-in
         made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
         made.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "leapfrog", refuse_host_weights)
@@ -152,8 +150,7 @@ class StandInPatcher(RanksPatcher):
     @property
     def largest_share(self) -> int:
         plan = self.denoiser.plan
-        lane = plan.lanes(guided=True, whole_fits=True)[0]
-        return self.denoiser.nbytes // (plan.degree or len(lane))
+        return self.denoiser.nbytes // plan.components(plan.lanes(guided=True, whole_fits=True)[0])
 
     def _room_for_calls(self) -> float:
         """Bytes that a call may need: as ComfyUI reckons for itself, but of what the rank on the host's GPU has, where
@@ -164,7 +161,7 @@ class StandInPatcher(RanksPatcher):
         whole = held >= self.denoiser.nbytes if held else self.denoiser.fits(free)
         lanes = plan.lanes(guided=True, whole_fits=whole)
         if not held:
-            free -= self.denoiser.nbytes // (len(lanes[0]) - plan.stride + 1)
+            free -= self.denoiser.nbytes // plan.components(lanes[0])
         return max(0.0, free / 1.5 * len(lanes))
 
     def load(self, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,

@@ -26,8 +26,10 @@ plan by ``schedules/simulate.py``, and ``fidelity.py`` says how close such plans
 Importing this package starts nothing.
 """
 
+from .denoiser import Patches
 from .errors import LeapfrogError
 from .lanes_denoiser import LanesDenoiser
+from .own_code import OWN_PACKAGES, codes_named, thing_named, unwrapped
 from .plan import LanesPlan, SplitPlan
 from .protocol import Recipe
 from .rounds import Rounds
@@ -36,14 +38,19 @@ from .starting import ComfyHost
 from .survey import Survey, Surveyed
 
 __all__ = [
+    "OWN_PACKAGES",
     "ComfyHost",
     "LanesDenoiser",
     "LanesPlan",
     "LeapfrogError",
+    "Patches",
     "Recipe",
     "Rounds",
     "SplitDenoiser",
     "SplitPlan",
     "Survey",
     "Surveyed",
+    "codes_named",
+    "thing_named",
+    "unwrapped",
 ]

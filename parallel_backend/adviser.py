@@ -237,7 +237,7 @@ def split_seconds(facts: Facts, plan: SplitPlan, steps: int, conditionings: int)
     lanes = plan.lanes(conditionings > 1, whole_fits=True)
     each = conditionings if len(lanes) == 1 else 1  # conditionings in each lane
     stem, head = facts.stem[each - 1], facts.head[each - 1]
-    bounds = facts.bounds(len(lanes[0]) - plan.stride + 1, each, plan.balance)
+    bounds = facts.bounds(plan.components(lanes[0]), each, plan.balance)
     costs = [unit.seconds[each - 1] for unit in facts.units]
     traffic = crossing([each * unit.output for unit in facts.units], [unit.needs for unit in facts.units], bounds)
     # two lanes are always at work at once

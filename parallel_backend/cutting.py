@@ -42,7 +42,7 @@ def choose_cut(
     Raises LeapfrogError bad_plan where the components do not fit their devices, or for a cut that cannot be.
     """
     units = [unit.path for unit in traces[0].units]
-    components = len(lanes[0]) - plan.stride + 1
+    components = plan.components(lanes[0])
     twins = plan.stride - 1
     # the ranks that hold the component at each position
     holders = [[lane[at] for lane in lanes] for at in range(components)]

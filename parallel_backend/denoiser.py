@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -30,9 +30,14 @@ UNLOAD_TIMEOUT_S = 30.0
 # Idle ranks take less; those that still compute what nobody wants may take seconds, and Cancel is not to wait for that.
 RELEASE_S = 0.1
 
-# Weight patches (LoRA and the like) to bake into the ranks' weights: an id that changes whenever they do, a tree, and
-# the new shapes of weights that they widen.
-Patches = tuple[str, dict[str, Any], dict[str, tuple[int, ...]]]
+
+class Patches(NamedTuple):
+    """Weight patches (LoRA and the like) to bake into the ranks' weights: an id that changes whenever they do, a tree
+    that can travel, and the new shapes of weights that they widen."""
+
+    id: str = ""
+    tree: dict[str, Any] = {}  # noqa: RUF012 - a tuple: nobody writes to it
+    shapes: dict[str, tuple[int, ...]] = {}  # noqa: RUF012
 
 
 class RemoteDenoiser:
@@ -58,7 +63,7 @@ class RemoteDenoiser:
     @staticmethod
     def check_patches(patches: Patches) -> None:
         """Raises LeapfrogError unsupported_patch, by name, for weight patches that cannot travel to a rank."""
-        laid_out(patches[1], "weight patches")
+        laid_out(patches.tree, "weight patches")
 
     def begin_run(self) -> None:
         """Forget stale state; call before the first step of every sampling run."""
@@ -212,16 +217,16 @@ class RemoteDenoiser:
 
     def _load(self, pool: Pool, cut: Cut | None, lanes: list[list[int]], patches: Patches, tick: Tick) -> list[Loaded]:
         """What the ranks hold, after loading what they do not. ``lanes`` are the ranks of each lane, in order."""
-        wanted = Held(self.recipe, cut, lanes, patches[0])
+        wanted = Held(self.recipe, cut, lanes, patches.id)
         held = pool.memory.held
         if held and held == wanted:
             return held.parts
         pool.memory.held = None
         pool.memory.learnt.clear()
         began = time.monotonic()
-        tree, _ = pool.payload(patches[1], tick, where="weight patches")
+        tree, _ = pool.payload(patches.tree, tick, where="weight patches")
         message = {
-            rank: Load(recipe=self.recipe, cut=cut, peers=lane, patches=tree, patches_id=patches[0])
+            rank: Load(recipe=self.recipe, cut=cut, peers=lane, patches=tree, patches_id=patches.id)
             for lane in lanes
             for rank in lane
         }
@@ -234,7 +239,7 @@ class RemoteDenoiser:
         assert self.report
         report = self.report
         step = len(report.calls) + 1
-        call = pool.submit(messages, tick, payload, lambda call, rank, reply: report.replied(call, rank, reply), step)
+        call = pool.submit(messages, tick, payload, report.replied, step)
         report.sent(call.number, kind)
         return call
 

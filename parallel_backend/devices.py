@@ -117,7 +117,10 @@ def _elsewhere(machine: str, kind: str, text: str) -> str:
     """A device of another machine; whether it is there is found out when the joiner offers it."""
     others = Machines.configured()
     if machine not in others.machines:
-        message = f"devices '{text}': machine '{machine}' is not one of {', '.join(others.machines) or 'none'}."
+        known = ", ".join(others.machines) or "none"
+        message = (
+            f"devices '{text}': machine '{machine}' is not in the file that LEAPFROG_MACHINES names (it has {known})."
+        )
         raise LeapfrogError.of("bad_devices", message)
     match = re.fullmatch(r"cpu|(?:cuda:)?(\d{1,3})", kind.lower())
     if not match:

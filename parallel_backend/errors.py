@@ -18,7 +18,7 @@ HINTS = {
     "mixed_devices": (
         "Start ComfyUI with --bf16-unet or --fp16-unet, so that all devices compute alike, or name devices of one kind."
     ),
-    "bad_plan": "Correct it on the node; of numbers that are too high, lower them or name more devices.",
+    "bad_plan": "Correct it on the node. If a number is too high, lower it or name more devices.",
     "no_recipe": (
         "Leapfrog rebuilds the denoiser in its ranks from the file it came from. Use a stock loader "
         "(Load Diffusion Model, Load Checkpoint) in front of this node, and a safetensors file in place of a GGUF one."
@@ -44,7 +44,7 @@ HINTS = {
         "Use a smaller size or batch, more components (Async UNet Split), fewer lanes (ParaStep), or devices with more "
         "memory."
     ),
-    "rank_error": "The rank's traceback is in the log. Please report it with the workflow.",
+    "rank_error": "Please report it with the workflow and the log.",
 }
 
 

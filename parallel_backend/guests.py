@@ -196,6 +196,6 @@ def _who_is_missing(devices: Sequence[str], offered: set[str], refused: set[str]
     instead = f" It offered {', '.join(has)}." if has else ""
     others = f" {', '.join(sorted(refused))} called with another secret." if refused else ""
     return (
-        f"machine {machine} has not come with {kind}.{instead}{others} Start there: python custom_nodes/leapfrog/"
+        f"machine {machine} had not offered {kind}.{instead}{others} Start there: python custom_nodes/leapfrog/"
         f"parallel_backend --join FILE --machine {machine} --device {kind}"
     )

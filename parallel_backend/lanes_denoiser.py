@@ -61,7 +61,7 @@ class LanesDenoiser(RemoteDenoiser):
         self.conditionings = 1
         self._run = 0
         self._unsent: list[LaneEvaluation] = []
-        self._patches: Patches = ("", {}, {})
+        self._patches = Patches()
 
     def begin_run(self) -> None:
         super().begin_run()
@@ -71,7 +71,7 @@ class LanesDenoiser(RemoteDenoiser):
 
     def end_run(self) -> None:
         self._unsent.clear()
-        self._patches = ("", {}, {})
+        self._patches = Patches()
         super().end_run()
 
     def submit(
@@ -84,7 +84,7 @@ class LanesDenoiser(RemoteDenoiser):
         Tensors in ``inputs`` whose first dimension is the number of rows, or of groups, are spread with them; the rest
         goes to all. ``conditionings`` is how many the calls of the run have had, at most.
         """
-        if self._unsent and patches[0] != self._patches[0]:
+        if self._unsent and patches.id != self._patches.id:
             self.flush(tick)
         self._patches = patches
         rows = Rows(inputs, first_tensor(x).shape[0], group, alone)

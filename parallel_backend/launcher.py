@@ -59,6 +59,7 @@ def rank_environment(device: str, backend: str, threads: int, address: str = LOO
         env["GLOO_SOCKET_IFNAME"] = interface
         env.setdefault("NCCL_SOCKET_IFNAME", interface)
     if backend == "nccl":
+        env.setdefault("NCCL_RAS_ENABLE", "0")  # a listener that tells anybody about the ranks
         env["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "1"
         env["TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING"] = "false"
     return env

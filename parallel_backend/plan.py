@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,7 +64,8 @@ class SplitPlan:
                 raise LeapfrogError.of("bad_plan", f"{what} '{value}' is not one of {', '.join(known)}.")
         if self.warmup < 0 or self.bound <= 0:
             raise LeapfrogError.of(
-                "bad_plan", f"warm-up {self.warmup} must not be negative, drift bound {self.bound} must be above 0."
+                "bad_plan",
+                f"warmup_steps {self.warmup}, drift_bound {self.bound}: the first is 0 or more, the second above 0.",
             )
         if self.stride not in (1, 2) or (self.stride == 2 and self.mode != "asyncdiff"):
             raise LeapfrogError.of("bad_plan", f"stride {self.stride}: 1, or 2 with mode 'asyncdiff'.")
@@ -98,6 +99,10 @@ class SplitPlan:
         lane = components + stride - 1
         two = cfg_lanes == "on" or (cfg_lanes == "auto" and len(there) >= 2 * lane)
         return cls(choose_devices(devices, 2 * lane if two else lane, machine), components, **options)
+
+    def components(self, lane: Sequence[int]) -> int:
+        """How many components the ranks of a lane have."""
+        return len(lane) - self.stride + 1
 
     def lanes(self, guided: bool, whole_fits: bool) -> list[list[int]]:
         """The ranks of each lane, in the order of their components; with stride 2 the last component has two.
@@ -181,7 +186,8 @@ class LanesPlan:
             raise LeapfrogError.of("bad_plan", f"predictor '{self.predictor}' is not one of {', '.join(PREDICTORS)}.")
         if self.lanes < 0 or self.warmup < 0 or not self.bound > 0:
             raise LeapfrogError.of(
-                "bad_plan", f"lanes {self.lanes}, warm-up {self.warmup}, drift bound {self.bound}: none is negative."
+                "bad_plan",
+                f"lanes {self.lanes}, warmup_steps {self.warmup}, drift_bound {self.bound}: none may be negative.",
             )
 
     @classmethod
@@ -256,7 +262,7 @@ class LanesPlan:
             spread = "the prompts" if conditionings > 1 else "the pictures"
             return f"at most {exact:.2f}x ({steps} steps one by one, {spread} on {where}), exact"
         if devices == 1:
-            return f"{steps} steps, {lanes} as one batch on {where}; pays only where one does not fill it"
+            return f"{steps} steps, {lanes} as one batch on {where}; faster only where one leaves it partly idle"
         said = f"at most {bound:.2f}x ({steps} steps, {lanes} at once, {where})"
         if exact >= max(bound, WORTH):
             return f"{said}; lanes 1 gives {exact:.2f}x, exact"

@@ -241,7 +241,7 @@ class Pool:
             except OSError:
                 self._receive(rank)  # raises with the reason
             except (OverflowError, ValueError) as error:
-                report = ErrorReport("unsupported_patch", f"What goes along with this run cannot be sent: {error}.")
+                report = ErrorReport("unsupported_patch", f"The inputs of this run cannot be sent to a rank: {error}.")
                 if sent:  # they will wait for this one
                     raise self.broken(report) from None
                 call.ranks = frozenset()
@@ -322,7 +322,7 @@ class Pool:
             if call is None:
                 continue
             if rank in call.replies or not isinstance(reply, call.answers.get(rank, ())):
-                raise self.broken(ErrorReport("rank_error", "A rank answered what it was not asked.", rank))
+                raise self.broken(ErrorReport("rank_error", "A rank sent a reply that was not asked for.", rank))
             call.replies[rank] = reply
             if call.on_reply:
                 call.on_reply(call.number, rank, reply)
@@ -383,7 +383,7 @@ class Pool:
     def _late(self) -> LeapfrogError:
         owing = [late for call in self._calls.values() if (late := self._owing(call))]
         if not owing:
-            return self.broken(ErrorReport("rank_error", "No shared memory became free."))
+            return self.broken(ErrorReport("rank_timeout", "No shared memory became free in time."))
         # a rank waits only for ranks before it, which have answered all the earlier calls
         rank = self.culprit(frozenset().union(*owing), owing[0])
         halted = " Its process is halted (SIGSTOP, a debugger)." if self.processes[rank].stopped else ""

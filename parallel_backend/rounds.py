@@ -1,4 +1,4 @@
-"""The engine of both blocks: any sampler, with several of its evaluations under way at once. Knows none by name.
+"""The engine of both nodes: any sampler, with several of its evaluations under way at once. Knows none by name.
 
 A sampler is something that asks for evaluations, one after another. The true one is answered with fresh outputs only.
 To know where it will ask next, a scout is used: a copy of it that is answered with what the true one was given and,

@@ -48,11 +48,16 @@ def _seconds(name: str) -> float:
     default, text = SECONDS[name], os.environ.get(name, "")
     if not text:
         return default
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if 0 <= seconds < math.inf:
+    if (seconds := seconds_in(text)) is not None:
         return seconds
     log.warning("Leapfrog: %s=%s is not a valid number of seconds; %g is used", name, text, default)
     return default
+
+
+def seconds_in(text: str) -> float | None:
+    """The time that a setting's text means; None if it means none."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < math.inf else None

@@ -87,7 +87,7 @@ class SplitDenoiser(RemoteDenoiser):
     @property
     def components(self) -> int:
         """Components of the pipeline that serves the run; 0 before its first evaluation."""
-        return len(self._lanes[0]) - self.plan.stride + 1 if self._lanes else 0
+        return self.plan.components(self._lanes[0]) if self._lanes else 0
 
     def lookahead(self) -> tuple[Guard, Predictor] | None:
         """The schedule of lookahead in this run; None with a single component.
@@ -124,6 +124,7 @@ class SplitDenoiser(RemoteDenoiser):
             together = "cond_or_uncond" in inside.get("reads", ())
             lanes = _lanes_of_call(self._lanes, first_tensor(x).shape[0], chunks, together)
             payloads, out = self._write(pool, lanes, inputs, x, tick)
+            # what is asked meanwhile may take the place of the payloads, which no call holds yet
             if self._prepare(pool, payloads[0], patches, tick):
                 payloads, out = self._write(pool, lanes, inputs, x, tick)
             return self._send(pool, lanes, payloads, out, x, stream, times, ahead, tick)
@@ -214,7 +215,7 @@ class SplitDenoiser(RemoteDenoiser):
         """Measure, cut and load what is not there yet; whether the pool was asked anything meanwhile."""
         assert self.report
         chosen, asked = self._chosen_cut(pool, payload, patches, tick) if self.components > 1 else (None, False)
-        wanted, held = Held(self.recipe, chosen and chosen.cut, self._lanes, patches[0]), pool.memory.held
+        wanted, held = Held(self.recipe, chosen and chosen.cut, self._lanes, patches.id), pool.memory.held
         if held is None or not held.differs_in_patches_only(wanted):
             self._forget_streams()
         self.report.loaded = self._load(pool, wanted.cut, self._lanes, patches, tick)
@@ -233,10 +234,10 @@ class SplitDenoiser(RemoteDenoiser):
             chosen = None
         at_start = not self.report or not self.report.calls
         starts = chosen is None or (at_start and self._watched.tells_times(payload))
-        traces, asked = self._watched.look(pool, payload, patches[2], None if starts else self._lanes[0][0], tick)
+        traces, asked = self._watched.look(pool, payload, patches.shapes, None if starts else self._lanes[0][0], tick)
         if chosen and chosen.cut.units != self._watched.units:
             starts, chosen = True, None
-            traces, asked = self._watched.look(pool, payload, patches[2], None, tick)
+            traces, asked = self._watched.look(pool, payload, patches.shapes, None, tick)
         if starts:
             try:
                 chosen = choose_cut(traces, self._lanes, self.plan, chosen and chosen.cut)

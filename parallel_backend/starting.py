@@ -169,9 +169,11 @@ def backend_of(devices: Sequence[str]) -> tuple[str, str]:
         return "gloo", "through host memory, because ranks are on the CPU"
     if not dist.is_available() or not dist.is_nccl_available():
         return "gloo", "through host memory, because this torch has no NCCL"
-    if len(set(devices)) < len(devices) and not _nccl_shares_gpus():
-        return "gloo", "through host memory, because NCCL serves one rank for each GPU only"
-    return "nccl", "because each rank has a GPU and this torch has NCCL"
+    if len(set(devices)) == len(devices):
+        return "nccl", "because each rank has a GPU and this torch has NCCL"
+    if _nccl_shares_gpus():
+        return "nccl", "with ranks that share a GPU, as NCCL_MULTI_RANK_GPU_ENABLE allows: for tests, it gains nothing"
+    return "gloo", "through host memory, because NCCL serves one rank for each GPU only"
 
 
 def _nccl_shares_gpus() -> bool:

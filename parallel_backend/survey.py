@@ -41,7 +41,12 @@ class Survey(LanesDenoiser):
 
     title = "Leapfrog Adviser"
     WISHES: ClassVar = WISHES
-    facts: Facts | None = None
+
+    def __init__(self, *args: Any, sound: bool = False, **options: Any):
+        """``sound``: the denoiser makes sound. The other arguments are those of a LanesDenoiser."""
+        super().__init__(*args, **options)
+        self.facts: Facts | None = None
+        self._sound = sound
 
     def advise(self, steps: int, conditionings: int, wish: str) -> list[Advice]:
         """What to take on these devices, best first; see :func:`adviser.advise`.
@@ -110,7 +115,7 @@ class Survey(LanesDenoiser):
             crowd=crowd,
             free=min((free for free in pool.free(tick) if free is not None), default=None),
             batch=call.count // call.group,
-            sound=first_tensor(x).ndim == 3,  # [rows, channels, frames]
+            sound=self._sound,
         )
 
     def _trace(
@@ -118,7 +123,7 @@ class Survey(LanesDenoiser):
     ) -> list[Traced]:
         """What each rank sees of a call while all of them look."""
         payload, _ = pool.payload(call.inputs, tick, where="denoiser input")
-        ask = Trace(recipe=self.recipe, inputs=payload, units=units, rounds=ROUNDS, shapes=patches[2], held=held)
+        ask = Trace(recipe=self.recipe, inputs=payload, units=units, rounds=ROUNDS, shapes=patches.shapes, held=held)
         replies = pool.request(dict.fromkeys(range(len(self.devices)), ask), step_timeout_s(), tick, using=payload)
         return [replies[rank] for rank in sorted(replies)]
 

@@ -1,4 +1,4 @@
-"""`make bench`: times of both blocks against ComfyUI alone, side by side in one run, on one thread per process.
+"""`make bench`: times of both nodes against ComfyUI alone, side by side in one run, on one thread per process.
 
 The denoiser is a full-size Stable Diffusion 1.5 U-Net with random weights, made at run time. Each figure stands beside
 what the schedule could reach at best, its bound, and beside what was reachable here: the bound, less what independent

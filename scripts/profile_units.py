@@ -37,11 +37,10 @@ class Subject:
     side: int
     rows: int = 2
     dtype: str = "float16"
-    channels: int = 4
 
 
 SUBJECTS = {name: Subject(MODELS[name].side) for name in ("sd15", "sd21", "sdxl")} | {
-    "flux": Subject(128, 1, "bfloat16", FLUX["in_channels"])
+    "flux": Subject(128, 1, "bfloat16")
 }
 FLUX_TOKENS = 512
 
@@ -78,6 +77,14 @@ def call(name: str, rows: int, side: int, device: str, dtype: Any) -> dict[str, 
     pooled = {"y": noise(config["adm_in_channels"])} if config["adm_in_channels"] else {}
     x, context = noise(config["in_channels"], side, side), noise(TOKENS, config["context_dim"])
     return {"x": x, "timesteps": each(500.0), "context": context, **pooled}
+
+
+def carried(name: str, rows: int, side: int) -> tuple[int, int]:
+    """Bytes in 16 bits of what goes to the ranks for an evaluation (latent, prompt ...), and of what comes back."""
+    import torch
+
+    given = call(name, rows, side, "meta", torch.float16)
+    return 2 * sum(tensor.numel() for tensor in given.values()), 2 * given["x"].numel()
 
 
 def draw(module: Any) -> None:

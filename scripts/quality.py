@@ -1,4 +1,4 @@
-"""How close both blocks come to ComfyUI alone: every mode, preset and predictor, on models that really denoise.
+"""How close both nodes come to ComfyUI alone: every mode, preset and predictor, on models that really denoise.
 
 For each model a table, a CSV file and a picture (fidelity against speed) go to docs/quality/. Every sample has a prompt
 that training never saw and a seed of its own; it is compared with the one that ComfyUI alone makes in as many steps.
@@ -9,6 +9,7 @@ rounds, however many evaluations they have; for the cache, evaluations that are 
 
     python scripts/quality.py --samples 4 --out build/quality    # what `make quality` does
     python scripts/quality.py --samples 64                       # the long form
+    python scripts/quality.py --only stride                      # only what is named so, into the tables that are there
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -31,9 +33,9 @@ import numpy as np
 import quality_bench
 from pack import ROOT
 from quality_bench import Subject
-from quality_report import Row, write
-from quality_summary import write_summary
-from quality_ways import EXACT, ROUNDS, SPLITS, Alone, CacheWay, Made, Run, Way
+from quality_report import Row, about_and_command, write
+from quality_summary import read, write_summary
+from quality_ways import EXACT, EXACT_ROUNDS, ROUNDS, SPLITS, Alone, CacheWay, Made, Run, Way
 
 CONVERGED = ("dpmpp_2m", 125)
 PEERS = {"euler": "Euler, fewer steps", "dpmpp_2m": "DPM++ 2M, fewer steps"}
@@ -63,10 +65,18 @@ class Work:
         self.name = subject.name
         self._pool, self._subject, self._options = pool, subject, options
         self._splits: list[Batch] = []
+        self._modes = [way for way in SPLITS if options.only.search(way.title)]
+        few = min(options.degrees)
+        rounds = [
+            replace(EXACT_ROUNDS, degree=few),
+            *(replace(way, degree=n) for n in options.degrees for way in ROUNDS),
+        ]
+        self._rounds = [way for way in rounds if options.only.search(way.title)]
         self.facts = pool.submit(quality_bench.facts, subject).result()
         self._cuts: dict[int, str] = {}
-        for degree in options.degrees:  # one after another: unit times are measured
-            cut = pool.submit(quality_bench.find_cut, subject, degree).result()
+        for degree in options.degrees if self._modes else ():  # one after another: unit times are measured
+            given = [cut for cut in options.cut if cut.count(",") == degree - 2]
+            cut = given[0] if given else pool.submit(quality_bench.find_cut, subject, degree).result()
             if cut is not None:
                 print(self.name, f"{degree} components, cut {cut}", flush=True)
                 self._cuts[degree] = cut
@@ -76,15 +86,16 @@ class Work:
         together have about two ranks of each degree on a core."""
         self._alone(*CONVERGED)  # once for all tables
         for degree, cut in self._cuts.items():
-            modes = (EXACT, *SPLITS) if degree == min(self._cuts) else SPLITS
+            modes = [EXACT, *self._modes] if degree == min(self._cuts) else self._modes
             runs = [Run(replace(mode, degree=degree, cut=cut), n) for n in self._options.steps for mode in modes]
             self._splits.append(self._start(runs, 2 * self._options.jobs // (degree * len(self._options.models))))
 
     def rows(self, steps: int) -> list[Row]:
         """All that is compared with so many steps of ComfyUI alone."""
         alone, _ = self._alone(self._subject.sampler, steps), self._alone(*CONVERGED)
-        rounds = [self._start_one(replace(way, degree=n), steps) for n in self._options.degrees for way in ROUNDS]
-        caches = [self._start_one(CacheWay(threshold), steps) for threshold in THRESHOLDS]
+        rounds = [self._start_one(way, steps) for way in self._rounds]
+        caches = [CacheWay(threshold) for threshold in THRESHOLDS]
+        caches = [self._start_one(way, steps) for way in caches if self._options.only.search(way.title)]
         references = [self._pictures(self._subject.sampler, steps), self._pictures(*CONVERGED)]
         against = alone.made(alone.runs[0]).latents, *(one.result() for one in references)
         found: list[Future[Row]] = []
@@ -119,7 +130,11 @@ class Work:
             f"converged: {CONVERGED[1]} steps of {CONVERGED[0]}; cut at {' or '.join(self._cuts.values())}"
         )
         command = options.command if len(options.models) == 1 else f"{options.command} --models {self.name}"
-        write(options.out, f"{self.name}-{options.sampler}", facts.title, about, command, rows)
+        name = f"{self.name}-{options.sampler}"
+        if options.only.pattern:  # the tables' own words go on
+            rows = merged(read(options.out / f"{name}.csv"), rows)
+            about, command = about_and_command(options.out / f"{name}.md")
+        write(options.out, name, facts.title, about, command, sorted(rows, key=place))
         write_summary(options.out)
 
     def _start(self, runs: Sequence[Run], parts: int) -> Batch:
@@ -141,6 +156,25 @@ class Work:
     def _pictures(self, sampler: str, steps: int) -> Future[np.ndarray]:
         alone = self._alone(sampler, steps)
         return self._pool.submit(quality_bench.pictures, self._subject, alone.made(alone.runs[0]).latents)
+
+
+def place(row: Row) -> tuple[int, int, int, int]:
+    """Where a row stands in its table."""
+    ways = [[way.title for way in group] for group in ((Alone(""), EXACT), SPLITS, (EXACT_ROUNDS, *ROUNDS))]
+    group = next((at for at, titles in enumerate(ways) if row.mode in titles), len(ways))
+    if group < len(ways):
+        return row.of, group, row.degree or 0, ways[group].index(row.mode)
+    peers = list(PEERS.values())
+    return row.of, group, peers.index(row.mode) if row.mode in peers else len(peers), -row.steps
+
+
+def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """The rows of two tables; of those that are in both the new ones."""
+
+    def key(row: Row) -> tuple[str, int | None, int, int]:
+        return row.mode, row.degree, row.steps, row.of
+
+    return list(({key(row): row for row in old} | {key(row): row for row in new}).values())
 
 
 def measure(options: argparse.Namespace, pool: ProcessPoolExecutor, threads: ThreadPoolExecutor) -> None:
@@ -167,6 +201,13 @@ def main() -> int:
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sampler", default="euler", help="of all but the peers")
     parser.add_argument("--calibrate", action="store_true", help="ParaStep's bounds fitted to the model and sampler")
+    parser.add_argument(
+        "--only",
+        type=re.compile,
+        default=re.compile(""),
+        help="ways that match this; their rows of the tables are replaced",
+    )
+    parser.add_argument("--cut", nargs="*", default=[], help="of the splits, such as 4 2,4,6, in place of the fastest")
     parser.add_argument("--jobs", type=int, default=cores(), help="worker processes, each with up to 5 GB of ranks")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality")
     options = parser.parse_args()

@@ -111,6 +111,12 @@ def write(folder: Path, name: str, title: str, about: str, command: str, rows: S
     draw(folder / f"{name}.png", title, rows)
 
 
+def about_and_command(page: Path) -> tuple[str, str]:
+    """What a page that :func:`write` wrote says of itself."""
+    lines = page.read_text().splitlines()
+    return lines[2].partition("; ")[2].removesuffix(". Nothing is timed."), lines[5]
+
+
 def shown(value: object) -> object:
     return f"{value:.6g}" if isinstance(value, float) else value
 

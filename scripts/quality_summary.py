@@ -11,6 +11,11 @@ from quality_report import SAME, Row, line
 
 OURS = "ParaStep, balanced"
 WAYS = ("lookahead", "AsyncDiff as published", OURS, "ParaStep as published")
+PUBLISHED = {"lookahead": "AsyncDiff as published", "ParaStep": "ParaStep as published"}
+RANGES = [
+    ("ParaStep, balanced", 2), ("ParaStep, balanced", 4), ("ParaStep, balanced", 8), ("ParaStep, fast", 8),
+    ("lookahead", 2), ("lookahead", 4),
+]  # fmt: skip
 ALONE = "*one device in that time*"
 ABOUT = """\
 # Fidelity at a glance
@@ -54,8 +59,49 @@ def write_summary(folder: Path) -> None:
             for degree in sorted({row.degree for rows in here for row in rows if row.degree}):
                 for way in WAYS:
                     text.append(line([str(degree), way, *(_ours(way, degree, rows) for rows in here)]))
-                text.append(line([str(degree), ALONE, *(_one_device(degree, of, rows) for rows in here)]))
+                text.append(line([str(degree), ALONE, *(_one_device(degree, rows) for rows in here)]))
     (folder / "README.md").write_text("\n".join(text) + "\n")
+
+
+def ranges(runs: Sequence[Sequence[Row]], of: int) -> list[str]:
+    """A table with the least and the most of these runs, with so many steps."""
+    heads = (
+        "", "ideal speed", "PSNR to ComfyUI alone, dB", "above the published method, dB", "above fewer steps, dB",
+        "further from converged than ComfyUI alone, dB", "fewer steps further, dB",
+    )  # fmt: skip
+    text = [line(heads), line(["---"] * len(heads))]
+    for way, degree in RANGES:
+        speeds, closeness, ahead, gained, lost, fewer_lost = [], [], [], [], [], []
+        for run in runs:
+            rows = [row for row in run if row.of == of]
+            own, theirs = _one(way, degree, rows), _one(PUBLISHED[way.partition(",")[0]], degree, rows)
+            alone = _one("ComfyUI alone", None, rows)
+            speeds.append(own.speed)
+            closeness.append(own.psnr)
+            ahead.append(own.psnr - theirs.psnr)
+            lost.append(alone.converged - own.converged)
+            if fewer := _fewer(rows, own.speed):
+                gained.append(own.psnr - max(row.psnr for row in fewer))
+                fewer_lost.append(alone.converged - max(row.converged for row in fewer))
+        name = f"{way.replace('ParaStep, ', 'ParaStep *')}*" if "," in way else way
+        what = f"{degree} {'components' if way == 'lookahead' else 'lanes'}"
+        others = (_span(values) for values in (closeness, ahead, gained, lost, fewer_lost))
+        text.append(line([f"{name}, {what}", _span(speeds, 2, "x"), *others]))
+    return text
+
+
+def _span(values: Sequence[float], digits: int = 1, unit: str = "") -> str:
+    least, most = (f"{value:.{digits}f}" for value in (min(values), max(values)))
+    return f"{least}{unit}" if least == most else f"{least} to {most}{unit}"
+
+
+def _one(way: str, degree: int | None, rows: Sequence[Row]) -> Row:
+    return next(row for row in rows if (row.mode, row.degree) == (way, degree))
+
+
+def _fewer(rows: Sequence[Row], speed: float) -> list[Row]:
+    """Euler and DPM++ 2M with as many steps as a run of that speed leaves time for."""
+    return [row for row in rows if row.mode.endswith("fewer steps") and row.steps == round(row.of / speed)]
 
 
 def sampler_of(name: str) -> str:
@@ -71,9 +117,9 @@ def _ours(way: str, degree: int, rows: Sequence[Row]) -> str:
     return _shown(found) if found else "-"
 
 
-def _one_device(degree: int, of: int, rows: Sequence[Row]) -> str:
+def _one_device(degree: int, rows: Sequence[Row]) -> str:
     pace = _find(OURS, degree, rows)
-    fits = [row for row in rows if pace and row.mode.endswith("fewer steps") and row.steps == round(of / pace.speed)]
+    fits = _fewer(rows, pace.speed) if pace else []
     if not fits:
         return "-"
     best = max(fits, key=lambda row: row.psnr)

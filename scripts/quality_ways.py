@@ -1,4 +1,4 @@
-"""The ways to make samples that scripts/quality.py compares: ComfyUI alone, both blocks, ComfyUI's EasyCache."""
+"""The ways to make samples that scripts/quality.py compares: ComfyUI alone, both nodes, ComfyUI's EasyCache."""
 
 from __future__ import annotations
 
@@ -66,13 +66,22 @@ class Alone:
 
 @dataclass(frozen=True)
 class SplitWay:
-    """A mode of Async UNet Split: its name in the table and there, the warm-up used (0: automatic), where to cut."""
+    """A mode of Async UNet Split: its name in the table and there, the warm-up used (0: automatic), where to cut.
+
+    With ``stride`` 2 it takes a device more than it has components.
+    """
 
     title: str
     mode: str
     warmup: int
     degree: int = 0
     cut: str = ""
+    stride: int = 1
+    time_shift: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.degree + self.stride - 1
 
     def made(self, bench: Bench, steps: int, part: range) -> Made:
         """Through the node; counts what the traces say was exact."""
@@ -85,15 +94,16 @@ class SplitWay:
 
     def speed(self, counts: Sequence[float], steps: int) -> float:
         exact = sum(counts) / (steps * len(counts))  # conditionings of so small a latent go in one call
-        return 1.0 if self.mode == "exact" else 1 / (exact + (1 - exact) / self.degree)
+        return 1.0 if self.mode == "exact" else 1 / (exact + (1 - exact) / self.degree / self.stride)
 
     def traced(self, bench: Bench, steps: int, part: range) -> tuple[torch.Tensor, list[Any]]:
         """Latents, and the trace of each."""
         from leapfrog.nodes import AsyncUNetSplit
 
         node = AsyncUNetSplit.execute(
-            model=bench.ground.model, devices=",".join(["cpu"] * self.degree), components=self.degree,
-            warmup_steps=self.warmup, stride=1, mode=self.mode, cfg_lanes="off", cut=self.cut,
+            model=bench.ground.model, devices=",".join(["cpu"] * self.ranks), components=self.degree,
+            warmup_steps=self.warmup, stride=self.stride, mode=self.mode, cfg_lanes="off", cut=self.cut,
+            time_shift=self.time_shift,
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             os.environ["LEAPFROG_TRACE_DIR"] = folder
@@ -190,11 +200,17 @@ SPLITS = (
     SplitWay("lookahead", "lookahead", 0),
     SplitWay("AsyncDiff, states extrapolated", "extrapolated", 3),
     SplitWay("AsyncDiff as published", "asyncdiff", 3),
+    SplitWay("AsyncDiff, time shift", "asyncdiff", 3, time_shift=True),
+    SplitWay("AsyncDiff, stride 2", "asyncdiff", 3, stride=2),
 )
 EXACT = SplitWay("exact", "exact", 3)
+EXACT_ROUNDS = RoundsWay("ParaStep, exact", "exact")
+"""These two draw what ComfyUI alone draws, so the smallest number of components or lanes will do."""
 ROUNDS = (
     RoundsWay("ParaStep, faithful", "faithful"),
     RoundsWay("ParaStep, balanced", "balanced"),
+    RoundsWay("ParaStep, balanced, newest", "balanced", "newest"),
+    RoundsWay("ParaStep, balanced, paper", "balanced", "paper"),
     RoundsWay("ParaStep, fast", "fast"),
     RoundsWay("ParaStep, unguarded", "unguarded"),
     RoundsWay("ParaStep, unguarded, newest", "unguarded", "newest"),

@@ -26,7 +26,7 @@ from typing import Any
 
 from bench import keep_memory
 from pack import BUILD, add_comfyui, has_gpu, load_pack
-from profile_units import CPU, CUDA, SUBJECTS, in_forwards, layer_by_layer
+from profile_units import CPU, CUDA, SUBJECTS, carried, in_forwards, layer_by_layer
 
 FOLDER = BUILD / "simulate"
 STEPS = 50
@@ -41,6 +41,8 @@ PUBLISHED: dict[str, tuple[str, float, dict[tuple[int, int], float]]] = {
     "sd15": ("SD 1.5", 2.70, {(2, 1): 1.8, (3, 1): 2.2, (4, 1): 2.6, (2, 2): 2.9, (3, 2): 3.7}),
     "sdxl": ("SDXL", 13.81, {(2, 1): 1.7, (3, 1): 2.4, (4, 1): 2.7, (2, 2): 2.8, (3, 2): 3.8}),
 }
+# ParaStep (arXiv 2505.14741): steps and warm-up of its code, the highest speed of its abstract.
+PUBLISHED_LANES = {"SVD": (50, 5, 3.88), "CogVideoX-2b": (50, 13, 2.43), "AudioLDM2-large": (200, 5, 6.56)}
 PUBLISHED_WARMUP = {"sd21": 1, "sd15": 1, "sdxl": 3}
 TITLES = {name: title for name, (title, _, _) in PUBLISHED.items()} | {"flux": "Flux"}
 
@@ -224,6 +226,24 @@ def tables(simulations: list[tuple[Simulation, Simulation]], options: argparse.N
                 yield f"| {one.title} | {components} | {what} | {both} |"
 
 
+def lanes_table() -> Iterable[str]:
+    """ParaStep's bounds, which need no unit times: steps against rounds."""
+    from leapfrog.parallel_backend import LanesPlan
+
+    yield "### ParaStep: the ideal speed of its schedule, if nothing is rejected and nothing but evaluations takes time"
+    yield ""
+    counts = (2, 4, 8)
+    heads = [f"{way}, {lanes} lanes" for way in ("as published", "balanced") for lanes in counts]
+    yield f"| model | steps | published warm-up | {' | '.join(heads)} | published, at most |"
+    yield "|---" * (4 + len(heads)) + "|"
+    for model, (steps, warmup, speed) in PUBLISHED_LANES.items():
+        theirs = [LanesPlan(("cpu",) * lanes, lanes, warmup, "paper") for lanes in counts]
+        balanced = LanesPlan.FIDELITIES["balanced"][0]
+        ours = [LanesPlan(("cpu",) * lanes, lanes, bound=balanced) for lanes in counts]
+        ideal = " | ".join(f"{plan.ideal_speedup(steps, 1):.2f}x" for plan in (*theirs, *ours))
+        yield f"| {model} | {steps} | {warmup} | {ideal} | {speed:.2f}x |"
+
+
 def as_measured(profiles: list[dict[str, Any]], options: argparse.Namespace) -> Iterable[str]:
     """Of profiles that were measured on a GPU: several such GPUs against one, with the times as they are."""
     yield f"### SIMULATED speeds of several GPUs against the one that was measured, {STEPS} steps"
@@ -246,17 +266,18 @@ def by_link(profiles: list[tuple[dict[str, Any], Simulation]], options: argparse
     from leapfrog.parallel_backend.schedules.simulate import Link
 
     yield (
-        f"Cut between layers. Ideal: no time between devices. Else links of so many GB/s each way, {options.latency:g} "
-        f"us a message, a host round trip of {options.host:g} ms a step, and its latents sent to the ranks and back."
+        "Cut between layers. Ideal: no time between devices. Else links of so many GB/s each way, over which inputs "
+        f"(latent, prompt) and outputs of a step travel, too; {options.latency:g} us a message, a host round trip of "
+        f"{options.host:g} ms a step."
     )
     yield ""
     columns = "".join(f" {bandwidth:g} GB/s |" for bandwidth in options.links)
     yield f"| model | latent | ms a step | devices | mode | warm-up | ideal |{columns} MB a step |"
     yield "|---" * (8 + len(options.links)) + "|"
     for measured, fine in profiles:
-        size = 2 * measured["rows"] * SUBJECTS[fine.model].channels * measured["side"] ** 2
+        sizes = carried(fine.model, measured["rows"], measured["side"])
         links = [Link(rate * 1e9, options.latency * 1e-6) for rate in options.links]
-        ways = [(Link(), 0.0), *((link, options.host * 1e-3 + 2 * link.seconds(size)) for link in links)]
+        ways = [(Link(), 0.0), *((link, options.host * 1e-3 + sum(map(link.seconds, sizes))) for link in links)]
         half = measured["row_seconds"] / measured["whole_seconds"] if "row_seconds" in measured else options.rows
         begin = f"{fine.title} | {latent(measured)} | {1e3 * fine.whole:.1f}"
         for devices in options.devices:
@@ -344,6 +365,7 @@ def main() -> None:
         print("\n".join(by_link([(measured, fine) for measured, _, fine in scaled], options)), end="\n\n")
     elif scaled:
         print("\n".join(tables([(one, fine) for _, one, fine in scaled], options)), end="\n\n")
+        print("\n".join(lanes_table()), end="\n\n")
     if on_gpu := [measured for measured in profiles if "device" in measured]:
         print("\n".join(as_measured(on_gpu, options)))
 

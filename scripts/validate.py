@@ -1,4 +1,4 @@
-"""How far the simulator is from real runs: predicted and measured times of both blocks on two ranks, a Markdown table.
+"""How far the simulator is from real runs: predicted and measured times of both nodes on two ranks, a Markdown table.
 
     python scripts/validate.py            # a full-size Stable Diffusion 1.5 U-Net, one thread for each rank
     python scripts/validate.py --quick    # a small U-Net, to see that it works

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from ..errors import LeapfrogError
 from ..plan import LanesPlan, SplitPlan
-from ..settings import SECONDS
+from ..settings import SECONDS, seconds_in
 from ..starting import backend_of
 from .sheet import Sheet
 
@@ -99,10 +98,7 @@ def settings(sheet: Sheet) -> bool:
 
 def _means_something(setting: Setting, value: str) -> bool:
     if setting.kind == "seconds":
-        try:
-            return 0 <= float(value) < math.inf
-        except ValueError:
-            return False
+        return seconds_in(value) is not None
     if setting.kind == "file":
         return Path(value).expanduser().is_file()
     return value in ("0", "1") if setting.kind == "0 or 1" else True

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -46,8 +47,8 @@ def join_store(world: int, address: str, port: int) -> dist.TCPStore:
     return dist.TCPStore(address, port, world, wait_for_workers=False, use_libuv=LIBUV)
 
 
-def shut_doors() -> None:
-    """From now on no listener of this process lets anybody in; what is connected stays so.
+def shut_doors(port: int = 0) -> None:
+    """From now on no listener of this process lets anybody in, or only none at this ``port``; what is connected stays.
 
     The store and gloo ask callers for no secret, and gloo keeps every connection. Linux only: elsewhere they stay open.
     """
@@ -60,7 +61,8 @@ def shut_doors() -> None:
         except OSError:
             continue  # no socket, or gone by now
         try:
-            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            listens = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if listens and (not port or sock.getsockname()[1] == port):
                 given = struct.pack("@HP", 1, ctypes.addressof(program))
                 sock.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, given)
         except OSError:
@@ -85,20 +87,33 @@ class Incoming:
 class Links:
     """This rank's links to the others. Between two ranks, messages arrive in the order in which they were sent."""
 
-    def __init__(self, store: dist.Store, rank: int, world: int, backend: str, device: torch.device, timeout_s: float):
+    def __init__(
+        self, store: dist.TCPStore, rank: int, world: int, backend: str, device: torch.device, timeout_s: float
+    ):
         self.rank = rank
         self.world = world
         self.device = device
         self.sent = 0
-        self.waited = 0.0
+        self._waits: list[tuple[Any, Any]] = []
         self._tells = backend != "gloo"
         self._staging = torch.device("cpu") if backend == "gloo" else device
         self._sending: deque[tuple[dist.Work, torch.Tensor]] = deque()
         timeout = timedelta(seconds=timeout_s + PATIENCE_S)
         bound = device if backend == "nccl" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
-        if backend == "gloo":  # all are connected; NCCL may connect later
-            shut_doors()
+        # All are connected to the store, and with gloo to each other. NCCL may connect later; it lets in who knows the
+        # number of its communicator.
+        shut_doors(0 if backend == "gloo" else store.port)
+
+    def begin(self) -> None:
+        """Forget what was sent and waited for."""
+        self.sent = 0
+        self._waits.clear()
+
+    @property
+    def waited(self) -> float:
+        """Seconds that this rank stood still for others since :meth:`begin`; the device must have done its work."""
+        return sum(_between(*wait) for wait in self._waits)
 
     def send(self, to: int, tensors: Sequence[torch.Tensor]) -> None:
         """Copy the tensors into one message and send it; returns before it has arrived."""
@@ -136,7 +151,20 @@ class Links:
         return Incoming(work, buffer, open_it)
 
     def wait(self, incoming: Incoming) -> list[torch.Tensor]:
-        began = time.perf_counter()
+        began = self._mark()
         tensors = incoming.wait()
-        self.waited += time.perf_counter() - began
+        self._waits.append((began, self._mark()))
         return tensors
+
+    def _mark(self) -> Any:
+        """Now. With NCCL the device's stream waits, this thread does not."""
+        if self._staging.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _between(begin: Any, end: Any) -> float:
+    """Seconds from one mark to another."""
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1e3

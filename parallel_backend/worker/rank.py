@@ -188,7 +188,7 @@ class Rank:
             self._begin_run(message.run)
         # what nodes put inside the denoiser may draw random numbers (ToMe): the same ones in every run
         torch.manual_seed(self._step)
-        self._links.sent, self._links.waited = 0, 0.0
+        self._links.begin()
         args, kwargs = self._held.inputs(self._tree(message.inputs), message.time)
         component, drift = self._held.component, 0.0
         if component:

@@ -39,7 +39,7 @@ def main() -> None:
     count = 0
     while True:
         inputs = ((x, step, torch.randn(1, 16, 768)), options)
-        sent = denoiser.submit(inputs, x, ("", {}, {}), lambda: None, chunks=[0], stream="a stream")
+        sent = denoiser.submit(inputs, x, backend.Patches(), lambda: None, chunks=[0], stream="a stream")
         denoiser.result(sent, lambda: None)
         count += 1
         if count == 3:

@@ -81,7 +81,7 @@ def while_halted(rank: psutil.Process, strike: Callable[[], None]) -> Callable[.
 def test_a_machine_that_does_not_come(machine: OtherMachine, impatient: None):
     error = failing()
     assert error.report.code == "no_machine"
-    assert "After 3 s machine b has not come with cpu. Start there: python" in str(error)
+    assert "After 3 s machine b had not offered cpu. Start there: python" in str(error)
     assert "--machine b --device cpu" in str(error)
 
 

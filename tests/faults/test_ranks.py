@@ -34,7 +34,7 @@ Run = Callable[..., torch.Tensor]
 
 @pytest.fixture(params=["exact", "asyncdiff", "lookahead", "parastep"], scope="module")
 def run(request: pytest.FixtureRequest) -> Run:
-    """Samples the tiny Flux through one of the blocks."""
+    """Samples the tiny Flux through one of the nodes."""
 
     def sample(wanted: Request, **options: Any) -> torch.Tensor:
         if request.param == "parastep":

@@ -1,4 +1,4 @@
-"""ComfyUI's own unit tests, in a copy of ComfyUI that has the pack installed and loaded."""
+"""ComfyUI's own unit tests, in a copy of ComfyUI that has the pack installed and loaded and a pool of ranks alive."""
 
 from __future__ import annotations
 
@@ -20,9 +20,10 @@ NOT_COPIED = {".git", "custom_nodes", "input", "models", "output", "temp", "user
 """Top-level names: what belongs to a user, and may be large."""
 
 PLUGIN = '''
-"""Loads the packs of custom_nodes the way ComfyUI does, before its tests start."""
+"""Loads the packs of custom_nodes the way ComfyUI does, and starts a pool, before its tests start."""
 
 import asyncio
+import importlib
 import sys
 
 import torch
@@ -36,7 +37,17 @@ def pytest_sessionstart(session):
 
     asyncio.run(nodes.init_external_custom_nodes())
     sys.path[:] = before  # it puts comfy/ first, where the tests would find another `utils`
-    assert {"LeapfrogAsyncUNetSplit", "LeapfrogParaStepSampler"} <= nodes.NODE_CLASS_MAPPINGS.keys()
+    pack = nodes.NODE_CLASS_MAPPINGS["LeapfrogParaStepSampler"].__module__.rpartition(".nodes.")[0]
+    recipe, session.supervisor = (
+        importlib.import_module(f"{pack}.{name}") for name in ("nodes.recipe", "parallel_backend.supervisor")
+    )
+    session.pool = session.supervisor.acquire(("cpu", "cpu"), recipe.comfy_host(), lambda: None, session)
+
+
+def pytest_sessionfinish(session):
+    alive = [process.exit_code is None for process in session.pool.processes]
+    session.supervisor.close_all()
+    assert alive == [True, True]
 '''
 
 
@@ -60,7 +71,7 @@ def comfyui_with_pack(tmp_path: Path) -> Path:
 
 
 @pytest.mark.timeout(600)
-def test_they_pass_with_the_pack_installed(comfyui_with_pack: Path):
+def test_they_pass_with_the_pack_installed_and_a_pool_alive(comfyui_with_pack: Path):
     deselected = [part for test in NEED_A_NETWORK for part in ("--deselect", test)]
     plugins = ["-p", "with_packs", "-p", "no:cacheprovider", "-p", "no:timeout"]
     done = subprocess.run(

@@ -25,7 +25,7 @@ Graphs = Callable[..., Graph]
 
 @pytest.fixture
 def block_graph(graph: Callable[[str], Graph]) -> Graphs:
-    """A graph of a block on two ranks; ``node`` are inputs of our node, ``steps`` and ``seed`` the sampler's."""
+    """A graph of one of our nodes on two ranks; ``node`` are inputs of that, ``steps`` and ``seed`` the sampler's."""
 
     def make(name: str, steps: int = 20, seed: int = 7, **node: Any) -> Graph:
         made = graph(name)

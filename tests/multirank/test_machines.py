@@ -80,7 +80,7 @@ def test_asynchronous_steps(machine: OtherMachine):
 
 
 def test_parastep_gives_what_it_gives_here(machine: OtherMachine, rounds: torch.Tensor):
-    assert torch.equal(generate(load("flux"), ROUNDS, parastep("cpu,b/cpu")), rounds)
+    assert distance(generate(load("flux"), ROUNDS, parastep("cpu,b/cpu")), rounds) < EXACT
 
 
 def test_weight_patches_travel(machine: OtherMachine):
@@ -109,7 +109,7 @@ def test_no_rank_here(machine: OtherMachine, rounds: torch.Tensor):
     machine.empty()
     torchrun = Path(sys.executable).with_name("torchrun")
     machine.start([torchrun, "--nproc-per-node", 2, BACKEND, *machine.arguments(), "--", *FLAGS])
-    assert torch.equal(generate(load("flux"), ROUNDS, parastep("b/cpu,b/cpu")), rounds)
+    assert distance(generate(load("flux"), ROUNDS, parastep("b/cpu,b/cpu")), rounds) < EXACT
     assert not pool.alive
     assert len(machine.ranks()) == 2
     assert not the_pool().pids

@@ -53,13 +53,15 @@ def test_two_lanes_come_close(changed: dict[str, Any]):
     assert torch.equal(generate(load("flux"), request, parastep(2)), ours)
 
 
+@pytest.mark.parametrize("base", ["euler", "ddim"])
 @pytest.mark.parametrize("lanes", [2, 3, 4])
-def test_any_number_of_lanes_on_two_ranks(family: str, lanes: int):
+def test_any_number_of_lanes_on_two_ranks(family: str, lanes: int, base: str):
     request = Request(family, steps=10)
     seen = []
-    ours = generate(load(family), request, parastep(lanes), on_step=lambda step, _denoised, _x: seen.append(step))
+    sampler = parastep(lanes, base=base)
+    ours = generate(load(family), request, sampler, on_step=lambda step, _denoised, _x: seen.append(step))
     assert seen == list(range(10))
-    assert EXACT < distance(ours, reference(request)) < 0.3
+    assert EXACT < distance(ours, reference(request, base)) < 0.3
 
 
 @pytest.mark.parametrize("predictor", ["newest", "paper"])

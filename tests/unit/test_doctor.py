@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from leapfrog.parallel_backend import starting
 from leapfrog.parallel_backend.doctor.choice import SETTINGS, choices, settings
 from leapfrog.parallel_backend.doctor.sheet import WIDTH, Hiding, Sheet
 from leapfrog.parallel_backend.protocol import Probe
@@ -141,6 +142,15 @@ def test_why_the_ranks_talk_what_they_talk(monkeypatch: pytest.MonkeyPatch):
     if dist.is_nccl_available():
         assert "one rank for each GPU" in backend_of(("cuda:0", "cuda:0"))[1]
         assert "this torch has NCCL" in backend_of(("cuda:0", "cuda:1"))[1]
+        monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+        monkeypatch.setattr(starting, "nccl_version", lambda: (2, 29, 9))
+        assert "one rank for each GPU" in backend_of(("cuda:0", "cuda:0"))[1]
+        monkeypatch.setattr(starting, "nccl_version", lambda: (2, 30, 7))
+        assert backend_of(("cuda:0", "cuda:0"))[0] == "nccl"
+        assert "share a GPU" in backend_of(("cuda:0", "cuda:0"))[1]
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    assert backend_of(("cuda:0", "cuda:1"))[0] == "gloo", "a log line, not an error"
+    assert "this torch has no NCCL" in backend_of(("cuda:0", "cuda:1"))[1]
 
 
 @pytest.mark.parametrize("arguments", [["--doctor"], ["--devices", "cpu,cpu", "--doctor"]], ids=len)

@@ -14,7 +14,7 @@ import pytest
 
 from full_disk import DEVICE, full_disk
 from leapfrog.parallel_backend import launcher
-from leapfrog.parallel_backend.launcher import RankProcess
+from leapfrog.parallel_backend.launcher import RankProcess, rank_environment
 from leapfrog.parallel_backend.protocol import LaunchSpec
 
 READS_ORDERS = "import os, sys, time\nsys.stdin.readline()\n"
@@ -131,3 +131,16 @@ def test_a_halted_process_is_told_from_one_that_waits(launch: Launch):
     os.kill(process.pid, signal.SIGKILL)
     finished(process)
     assert not process.stopped
+
+
+def test_a_rank_inherits_what_it_needs_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    """Neither the host's allocator settings nor what is nobody's business, such as a password."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "AWS_SECRET_ACCESS_KEY", "HF_TOKEN", "PYTHONSTARTUP"):
+        monkeypatch.setenv(name, "of the host")
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    gpu, cpu = rank_environment("cuda:1", "nccl", 0), rank_environment("cpu", "gloo", 3)
+    assert "of the host" not in {*gpu.values(), *cpu.values()}
+    assert (gpu["NCCL_DEBUG"], gpu["CUDA_VISIBLE_DEVICES"], gpu["NCCL_RAS_ENABLE"]) == ("INFO", "5", "0")
+    assert (cpu["OMP_NUM_THREADS"], cpu["CUDA_VISIBLE_DEVICES"]) == ("3", "")
+    assert gpu["PATH"] == cpu["PATH"] == os.environ["PATH"]

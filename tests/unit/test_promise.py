@@ -18,7 +18,13 @@ from leapfrog.parallel_backend import LanesPlan, SplitPlan
         (8, 8, 1, 20, "at most 2.50x (20 steps, 8 at once, 8 devices)"),
         (4, 4, 1, 50, "at most 3.12x (50 steps, 4 at once, 4 devices)"),
         (2, 1, 1, 20, "20 steps one by one, nothing to do for a second device; set lanes to 2 or more"),
-        (1, 4, 1, 20, "20 steps, 4 as one batch on one device; pays only where one does not fill it"),
+        (
+            1,
+            4,
+            1,
+            20,
+            "20 steps, 4 as one batch on one device; faster only where one leaves it partly idle",
+        ),
     ],
 )
 def test_the_promise(devices: int, lanes: int, conditionings: int, steps: int, said: str):

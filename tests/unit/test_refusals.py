@@ -96,7 +96,7 @@ def test_a_sampler_that_cannot_go_in_rounds(sampler: Any, said: str):
 
 @pytest.fixture(params=["async_unet_split", "parastep"])
 def run(request: pytest.FixtureRequest) -> Any:
-    """Samples a MODEL through one of the blocks."""
+    """Samples a MODEL through one of the nodes."""
 
     def sample(model: Any, **conditions: Any) -> None:
         through_split = request.param == "async_unet_split"

@@ -6,7 +6,6 @@ Their code is this rank's own: it is found in the modules of the ComfyUI that th
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -18,7 +17,8 @@ import comfy.model_management
 import torch
 from torch.overrides import get_overridable_functions
 
-OWN_PACKAGES = {"comfy", "comfy_extras"}
+from ...own_code import OWN_PACKAGES, codes_named, thing_named
+
 KEPT = 8
 
 _root = Path(comfy.model_management.__file__).resolve().parents[1]
@@ -124,7 +124,7 @@ class _Builder:
                 raise TypeError(f"torch.{qualname} is no function that a patch may name")
         else:
             own = _own_module(module)
-            thing = _find(vars(own), qualname)
+            thing = thing_named(vars(own), qualname)
             if not isinstance(thing, FunctionType | type):
                 raise ValueError(f"this ComfyUI has no {module}.{qualname}")
             if (thing.__module__ != module) if isinstance(thing, type) else (thing.__globals__ is not vars(own)):
@@ -179,23 +179,9 @@ def _own_module(name: str) -> ModuleType:
     return module
 
 
-def _find(namespace: Mapping[str, Any], qualname: str) -> Any:
-    """The function or class of that name, None if there is none."""
-    for name in qualname.split("."):
-        thing = namespace.get(name)
-        thing = thing.__func__ if isinstance(thing, classmethod | staticmethod) else thing
-        namespace = vars(thing) if isinstance(thing, type) else {}
-    return thing
-
-
 def _code(module: ModuleType, qualname: str, line: int) -> CodeType:
     """The code of the function that starts at that line. Raises ValueError unless there is exactly one."""
-    outer, *inner = qualname.split(".<locals>.")
-    around = inspect.unwrap(_find(vars(module), outer))
-    codes = [around.__code__] if isinstance(around, FunctionType) else []
-    for name in ".".join(inner).split("."):
-        codes = [c for code in codes for c in code.co_consts if isinstance(c, CodeType) and c.co_name == name]
-    codes = [code for code in codes if code.co_firstlineno == line]
+    codes = [code for code in codes_named(vars(module), qualname) if code.co_firstlineno == line]
     if len(codes) != 1:
         raise ValueError(f"{module.__file__} has no {qualname} at line {line}: was ComfyUI updated? Restart it")
     return codes[0]
