@@ -1,8 +1,8 @@
 """How close plans come to ComfyUI alone, and at which pace: what was measured once, for want of the user's own model.
 
-From docs/quality: the trained proving models, steps 20 and 50. For pictures and video the lowest fidelity and the
-lowest speed of six runs count (a small Flux, U-Net and Wan, with Euler and with DPM++ 2M); for sound there is one (a
-small Stable Audio with Euler).
+From docs/quality: the trained proving models, steps 8, 20 and 50. For pictures and video the lowest fidelity and the
+lowest speed of six runs count (a small Flux, U-Net and Wan, with Euler and, but for 8 steps, with DPM++ 2M); for sound
+there is one (a small Stable Audio with Euler).
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ class Measured:
 # (mode or preset, components or lanes) -> steps -> what was measured.
 Table = dict[tuple[str, int], dict[int, Measured]]
 TABLE: Table = {
-    ("lookahead", 2): {20: Measured(52.1, 1.67), 50: Measured(57.3, 1.89)},
-    ("lookahead", 4): {20: Measured(49.4, 1.53), 50: Measured(53.6, 3.21)},
-    ("lookahead", 8): {20: Measured(48.6, 1.68), 50: Measured(51.6, 2.91)},
-    ("extrapolated", 2): {20: Measured(39.1, 1.74), 50: Measured(47.8, 1.89)},
-    ("extrapolated", 4): {20: Measured(20.3, 2.76), 50: Measured(21.3, 3.39)},
-    ("extrapolated", 8): {20: Measured(11.5, 3.90), 50: Measured(10.3, 5.63)},
-    ("asyncdiff", 2): {20: Measured(30.0, 1.74), 50: Measured(35.7, 1.89)},
-    ("asyncdiff", 4): {20: Measured(24.0, 2.76), 50: Measured(28.6, 3.39)},
-    ("asyncdiff", 8): {20: Measured(20.1, 3.90), 50: Measured(24.3, 5.63)},
-    ("faithful", 2): {20: Measured(63.3, 1.32), 50: Measured(73.5, 1.80)},
-    ("faithful", 4): {20: Measured(66.2, 1.37), 50: Measured(62.4, 2.72)},
-    ("faithful", 8): {20: Measured(66.2, 1.37), 50: Measured(63.5, 2.86)},
-    ("balanced", 2): {20: Measured(59.5, 1.55), 50: Measured(73.5, 1.85)},
-    ("balanced", 4): {20: Measured(58.7, 1.60), 50: Measured(60.7, 2.94)},
-    ("balanced", 8): {20: Measured(58.7, 1.60), 50: Measured(57.6, 3.31)},
-    ("fast", 2): {20: Measured(57.0, 1.63), 50: Measured(73.5, 1.85)},
-    ("fast", 4): {20: Measured(47.8, 1.76), 50: Measured(57.8, 3.12)},
-    ("fast", 8): {20: Measured(47.8, 1.76), 50: Measured(51.9, 3.51)},
+    ("lookahead", 2): {8: Measured(49.2, 1.03), 20: Measured(52.1, 1.67), 50: Measured(57.3, 1.89)},
+    ("lookahead", 4): {8: Measured(49.6, 1.04), 20: Measured(49.4, 1.53), 50: Measured(53.6, 3.21)},
+    ("lookahead", 8): {8: Measured(49.6, 1.05), 20: Measured(48.6, 1.68), 50: Measured(51.6, 2.91)},
+    ("extrapolated", 2): {8: Measured(32.3, 1.45), 20: Measured(39.1, 1.74), 50: Measured(47.8, 1.89)},
+    ("extrapolated", 4): {8: Measured(24.0, 1.88), 20: Measured(20.3, 2.76), 50: Measured(21.3, 3.39)},
+    ("extrapolated", 8): {8: Measured(14.9, 2.21), 20: Measured(11.5, 3.90), 50: Measured(10.3, 5.63)},
+    ("asyncdiff", 2): {8: Measured(27.4, 1.45), 20: Measured(30.0, 1.74), 50: Measured(35.7, 1.89)},
+    ("asyncdiff", 4): {8: Measured(22.2, 1.88), 20: Measured(24.0, 2.76), 50: Measured(28.6, 3.39)},
+    ("asyncdiff", 8): {8: Measured(19.9, 2.21), 20: Measured(20.1, 3.90), 50: Measured(24.3, 5.63)},
+    ("faithful", 2): {8: Measured(120.0, 1.00), 20: Measured(63.3, 1.32), 50: Measured(73.5, 1.80)},
+    ("faithful", 4): {8: Measured(120.0, 1.00), 20: Measured(66.2, 1.37), 50: Measured(62.4, 2.72)},
+    ("faithful", 8): {8: Measured(120.0, 1.00), 20: Measured(66.2, 1.37), 50: Measured(63.5, 2.86)},
+    ("balanced", 2): {8: Measured(61.5, 1.00), 20: Measured(59.5, 1.55), 50: Measured(73.5, 1.85)},
+    ("balanced", 4): {8: Measured(61.5, 1.00), 20: Measured(58.7, 1.60), 50: Measured(60.7, 2.94)},
+    ("balanced", 8): {8: Measured(61.5, 1.00), 20: Measured(58.7, 1.60), 50: Measured(57.6, 3.31)},
+    ("fast", 2): {8: Measured(49.3, 1.14), 20: Measured(57.0, 1.63), 50: Measured(73.5, 1.85)},
+    ("fast", 4): {8: Measured(49.4, 1.11), 20: Measured(47.8, 1.76), 50: Measured(57.8, 3.12)},
+    ("fast", 8): {8: Measured(49.4, 1.11), 20: Measured(47.8, 1.76), 50: Measured(51.9, 3.51)},
 }
 SOUND: Table = {
-    ("lookahead", 2): {20: Measured(49.4, 1.38), 50: Measured(61.0, 1.87)},
-    ("lookahead", 4): {20: Measured(46.7, 1.54), 50: Measured(55.2, 2.35)},
-    ("extrapolated", 2): {20: Measured(34.0, 1.74), 50: Measured(49.4, 1.89)},
-    ("extrapolated", 4): {20: Measured(25.6, 2.76), 50: Measured(37.4, 3.39)},
-    ("asyncdiff", 2): {20: Measured(26.6, 1.74), 50: Measured(33.2, 1.89)},
-    ("asyncdiff", 4): {20: Measured(21.7, 2.76), 50: Measured(25.1, 3.39)},
-    ("faithful", 2): {20: Measured(70.8, 1.21), 50: Measured(71.9, 1.78)},
-    ("faithful", 4): {20: Measured(62.0, 1.28), 50: Measured(67.4, 2.21)},
-    ("faithful", 8): {20: Measured(62.0, 1.28), 50: Measured(65.4, 2.28)},
-    ("balanced", 2): {20: Measured(58.8, 1.28), 50: Measured(70.3, 1.82)},
-    ("balanced", 4): {20: Measured(53.0, 1.35), 50: Measured(62.7, 2.44)},
-    ("balanced", 8): {20: Measured(53.0, 1.35), 50: Measured(59.7, 2.50)},
-    ("fast", 2): {20: Measured(52.0, 1.41), 50: Measured(69.8, 1.85)},
-    ("fast", 4): {20: Measured(45.6, 1.50), 50: Measured(55.3, 2.67)},
-    ("fast", 8): {20: Measured(45.6, 1.50), 50: Measured(52.8, 2.75)},
+    ("lookahead", 2): {8: Measured(53.0, 1.15), 20: Measured(49.4, 1.38), 50: Measured(61.0, 1.87)},
+    ("lookahead", 4): {8: Measured(50.4, 1.23), 20: Measured(46.7, 1.54), 50: Measured(55.2, 2.35)},
+    ("extrapolated", 2): {8: Measured(23.2, 1.45), 20: Measured(34.0, 1.74), 50: Measured(49.4, 1.89)},
+    ("extrapolated", 4): {8: Measured(20.0, 1.88), 20: Measured(25.6, 2.76), 50: Measured(37.4, 3.39)},
+    ("asyncdiff", 2): {8: Measured(22.8, 1.45), 20: Measured(26.6, 1.74), 50: Measured(33.2, 1.89)},
+    ("asyncdiff", 4): {8: Measured(19.8, 1.88), 20: Measured(21.7, 2.76), 50: Measured(25.1, 3.39)},
+    ("faithful", 2): {8: Measured(64.8, 1.12), 20: Measured(70.8, 1.21), 50: Measured(71.9, 1.78)},
+    ("faithful", 4): {8: Measured(64.8, 1.12), 20: Measured(62.0, 1.28), 50: Measured(67.4, 2.21)},
+    ("faithful", 8): {8: Measured(64.8, 1.12), 20: Measured(62.0, 1.28), 50: Measured(65.4, 2.28)},
+    ("balanced", 2): {8: Measured(53.7, 1.14), 20: Measured(58.8, 1.28), 50: Measured(70.3, 1.82)},
+    ("balanced", 4): {8: Measured(53.7, 1.14), 20: Measured(53.0, 1.35), 50: Measured(62.7, 2.44)},
+    ("balanced", 8): {8: Measured(53.7, 1.14), 20: Measured(53.0, 1.35), 50: Measured(59.7, 2.50)},
+    ("fast", 2): {8: Measured(53.7, 1.14), 20: Measured(52.0, 1.41), 50: Measured(69.8, 1.85)},
+    ("fast", 4): {8: Measured(53.7, 1.14), 20: Measured(45.6, 1.50), 50: Measured(55.3, 2.67)},
+    ("fast", 8): {8: Measured(53.7, 1.14), 20: Measured(45.6, 1.50), 50: Measured(52.8, 2.75)},
 }
 
 
@@ -81,7 +81,7 @@ def expected(kind: str, degree: int, steps: int, sound: bool = False) -> Expecte
     """
     table = SOUND if sound else TABLE
     degrees = [known for name, known in table if name == kind and known >= degree]
-    counts = [known for known in (20, 50) if known <= steps]
+    counts = [known for known in (8, 20, 50) if known <= steps]
     if not degrees or not counts:
         return None
     harder, fewer = min(degrees), max(counts)

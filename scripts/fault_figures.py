@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+NOTICED_S, AGAIN_S, CANCEL_S = 2.0, 1.0, 0.1
+
+
 @dataclass
 class Figures:
     """What the campaign found."""
@@ -32,6 +35,18 @@ class Figures:
     @property
     def bad(self) -> int:
         return self.hangs + self.orphans + self.wrong + self.unclear + self.later_not_right
+
+    @property
+    def late(self) -> list[str]:
+        """What took longer than it should. A busy machine can be the reason."""
+        found = []
+        if self.noticed and statistics.median(self.noticed) > NOTICED_S:
+            found.append(f"a killed rank is to be reported within {NOTICED_S:g} s")
+        if self.again and self.cold and statistics.median(self.again) > statistics.median(self.cold) + AGAIN_S:
+            found.append(f"a pool is to be back within its cold start and {AGAIN_S:g} s")
+        if self.cancelled and percentile(self.cancelled, 95) > CANCEL_S:
+            found.append(f"Cancel is to take no longer than an evaluation and {CANCEL_S * 1000:g} ms")
+        return found
 
     def line(self) -> str:
         """Everything in one line."""

@@ -319,8 +319,10 @@ def main() -> None:
     figures = run(args.count, args.seed, args.kinds.split(","), say=lambda text: print(text, flush=True))
     minutes = (time.monotonic() - began) / 60
     print_details(figures, minutes)
+    for text in figures.late:
+        print(f"too slow: {text}")
     print(figures.line())
-    sys.exit(1 if figures.bad else 0)
+    sys.exit(1 if figures.bad or figures.late else 0)
 
 
 if __name__ == "__main__":

@@ -171,7 +171,7 @@ def test_what_is_expected_is_what_was_measured_at_worst(table: fidelity.Table, r
     for (kind, degree), by_steps in table.items():
         for steps, known in by_steps.items():
             found = [row for row in rows if (row.mode, row.degree, row.of) == (titles[kind], degree, steps)]
-            assert len(found) == len(runs)
+            assert len(found) == (len(runs) if steps > 8 else sum("euler" in name for name in runs))
             assert known.decibels == pytest.approx(min(row.psnr for row in found), abs=0.051)
             assert known.pace == pytest.approx(min(row.speed for row in found), abs=0.0051)
 
@@ -200,7 +200,8 @@ def test_where_nothing_was_rejected_a_run_takes_no_longer():
         ("lookahead", 2, 49, fidelity.TABLE["lookahead", 2][20].decibels),
         ("balanced", 3, 25, fidelity.TABLE["balanced", 4][20].decibels),
         ("lookahead", 9, 50, None),
-        ("balanced", 2, 19, None),
+        ("balanced", 2, 19, fidelity.TABLE["balanced", 2][8].decibels),
+        ("balanced", 2, 7, None),
         ("newest", 2, 20, None),
     ],
 )

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pack import ROOT
-from quality_summary import write_summary
+from quality_summary import ranges, read, write_summary
 
 DOCS = [ROOT / "docs/results.md", *sorted((ROOT / "docs/quality").glob("*.md"))]
 DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
@@ -66,3 +66,35 @@ def test_the_fidelity_page_is_what_the_csv_files_say(tmp_path: Path):
         shutil.copy(path, tmp_path)
     write_summary(tmp_path)
     assert (tmp_path / "README.md").read_text() == (folder / "README.md").read_text()
+
+
+PICTURES = [read(ROOT / "docs/quality" / f"{model}-euler.csv") for model in ("flux", "unet", "wan")]
+
+
+def measured(way: str, lanes: int, steps: int, speeds: bool = True) -> str:
+    """As the help page of ParaStep Sampler has it: PSNR of each of the three models, and the ideal speeds."""
+    found = [row for rows in PICTURES for row in rows if (row.mode, row.degree, row.of) == (way, lanes, steps)]
+    assert len(found) == len(PICTURES)
+    least, most = (f"{pick(row.speed for row in found):.2f}" for pick in (min, max))
+    decibels = ", ".join(f"{row.psnr:.0f}" for row in found)
+    at = f" at {least}×" if least == most else f" at {least} to {most}×"
+    return f"{decibels} dB{at if speeds else ''}"
+
+
+@pytest.mark.parametrize("lanes", [2, 4])
+@pytest.mark.parametrize("preset", ["faithful", "balanced", "fast", "unguarded"])
+def test_the_help_page_says_what_was_measured(preset: str, lanes: int):
+    lines = (ROOT / "web/docs/LeapfrogParaStepSampler.md").read_text().splitlines()
+    two, four = (line for line in lines if line.startswith(f"| `{preset}` | "))
+    line = two if lanes == 2 else four
+    for steps in (20, 50):
+        assert measured(f"ParaStep, {preset}", lanes, steps) in line
+    if (preset, lanes) == ("unguarded", 2):
+        paper = [measured("ParaStep as published", 2, steps, speeds=False) for steps in (20, 50)]
+        assert f"the method as published: {' and '.join(paper)}" in line
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+def test_the_ranges_are_those_of_the_csv_files(steps: int):
+    runs = [read(path) for path in sorted((ROOT / "docs/quality").glob("*.csv")) if "audio" not in path.stem]
+    assert "\n".join(ranges(runs, steps)) in (ROOT / "docs/results.md").read_text()
