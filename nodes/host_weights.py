@@ -20,9 +20,11 @@ READ_WEIGHTS = {
 def refuse_host_weights(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """An OUTER_SAMPLE wrapper.
 
-    Raises LeapfrogError unsupported_patch for a ControlNet that needs the denoiser's weights, before sampling begins,
-    and for any other code that stumbles over the empty ones.
+    Raises LeapfrogError unsupported_patch before sampling begins for a ControlNet that needs the denoiser's weights and
+    for a guider whose two models would have ranks read files at every step; later for any other code that stumbles over
+    the empty weights.
     """
+    _refuse_second_split(executor.class_obj)
     for conds in executor.class_obj.conds.values():
         for cond in conds or ():
             _refuse_control(cond.get("control"))
@@ -34,6 +36,22 @@ def refuse_host_weights(executor: Any, *args: Any, **kwargs: Any) -> Any:
         raise LeapfrogError.of(
             "unsupported_patch", f"Something computes with the denoiser's weights outside the ranks: {error}"
         ) from error
+
+
+def _refuse_second_split(guider: Any) -> None:
+    """Ranks hold one model at a time, and a guider of two asks both in each step."""
+    one, other = (
+        getattr(getattr(guider, name, None), "model", None) for name in ("model_patcher", "uncond_model_patcher")
+    )
+    first, second = (getattr(model, "__dict__", {}).get("leapfrog") for model in (one, other))
+    if not first or not second or not set(first.devices) & set(second.devices):
+        return
+    if (first.devices, first.recipe) != (second.devices, second.recipe):
+        raise LeapfrogError.of(
+            "unsupported_patch",
+            "This guider's two models are both split and share devices, so at every step the ranks would read the file "
+            "of one in place of the other's. Split one of them, or give each devices of its own.",
+        )
 
 
 def _refuse_control(control: comfy.controlnet.ControlBase | None) -> None:

@@ -13,7 +13,7 @@ from comfy_api.v0_0_2 import io
 
 from .node_text import teller
 from .parastep_sampler import OPTIONS, plan_of
-from .rounds_sampler import in_rounds, step_aside
+from .rounds_sampler import in_rounds, let_step_aside
 
 
 class ParaStepKSampler(io.ComfyNode):
@@ -75,7 +75,7 @@ class ParaStepKSampler(io.ComfyNode):
         schedule = comfy.samplers.KSampler(
             model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
         )
-        step_aside(model)
+        let_step_aside(model)
         samples = comfy.sample.sample_custom(
             model, noise, cfg, sampler, schedule.sigmas, positive, negative, image,
             noise_mask=latent_image.get("noise_mask"), callback=latent_preview.prepare_callback(model, steps),

@@ -110,15 +110,27 @@ class LanesMemory(RanksPatcher):
                     room = weights + max(activations, manager.minimum_inference_memory())
                     manager.free_memory(room, gpus[name], keep_loaded=in_use)
             manager.soft_empty_cache()
+        self.be_known()
+
+    @property
+    def holds(self) -> bool:
+        """Whether ranks hold any weights."""
+        return any(map(self.denoiser.loaded_bytes, range(len(self.denoiser.devices))))
+
+    def be_known(self) -> None:
+        """Be among the models that the memory manager may unload."""
+        manager = comfy.model_management
         known = manager.LoadedModel(self)
         if known not in manager.current_loaded_models:
             known.model_load()
             manager.current_loaded_models.insert(0, known)
 
-    def step_aside(self) -> None:
-        """Be unknown to the memory manager until the next :meth:`announce`."""
+    def step_aside(self) -> bool:
+        """Be unknown to the memory manager until :meth:`be_known`; whether it was known."""
         loaded = comfy.model_management.current_loaded_models
-        loaded[:] = [one for one in loaded if one.model is not self]
+        others = [one for one in loaded if one.model is not self]
+        known, loaded[:] = len(others) < len(loaded), others
+        return known
 
 
 @contextmanager

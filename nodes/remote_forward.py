@@ -5,7 +5,10 @@ Everything up to ``diffusion_model(x, t, context, ...)`` stays ComfyUI's own cod
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import comfy.model_management
@@ -25,6 +28,9 @@ STAYS |= set(ENTRIES)
 # Denoisers that use the largest timestep of a batch for all its rows, or halves of it as the two conditionings. (That
 # of MeanFlow, which looks for the next timestep after its first row's, is known by its `time_r_in`.)
 OF_ONE_SIGMA = ("LTXAVModel", "NaDiT")
+# Denoisers in which the rows of a call change each other, so that they stay together as ComfyUI has them. (ACE-Step 1.5
+# gives all that it knows of the timbre to the first row.)
+OF_COUPLED_ROWS = ("AceStepConditionGenerationModel",)
 # ComfyUI's own modules whose functions change the shapes inside the denoiser from one step to the next.
 RESHAPING = ("comfy_extras.nodes_model_downscale",)
 
@@ -75,7 +81,7 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
         rows = (x if isinstance(x, torch.Tensor) else x[0]).shape[0]
         tree = (args, {**kwargs, "transformer_options": per_row(going, rows)})
         alone = of_one_sigma(patcher.model.diffusion_model, going)
-        group = int(kwargs.get("num_video_frames", 1))
+        group = rows if of_coupled_rows(patcher.model.diffusion_model) else int(kwargs.get("num_video_frames", 1))
         pending = denoiser.submit(tree, x, group, patches, tick, alone, lanes_in_call())
     else:
         tree = (args, {**kwargs, "transformer_options": going})
@@ -83,6 +89,8 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
             tree, x, patches, tick, chunks=options.get("cond_or_uncond") or [0],
             stream=patcher.attachments.setdefault(RUN, Run()).next_stream({**options, **going}, x),
             times=_times(patcher, options) if denoiser.plan.mode == "asyncdiff" else (1.0, 1.0), ahead=ahead(),
+            together="cond_or_uncond" in going.get("inside_patches", {}).get("reads", ())
+            or of_coupled_rows(patcher.model.diffusion_model),
         )  # fmt: skip
     try:
         pause_for(denoiser, pending)
@@ -104,7 +112,16 @@ def per_row(options: dict[str, Any], rows: int) -> dict[str, Any]:
 def of_one_sigma(dm: torch.nn.Module, options: dict[str, Any]) -> bool:
     """Whether all rows of a call must have the same sigma: something in the denoiser reads it off one of them."""
     inside = options.get("inside_patches", {}).get("reads", ())
-    return type(dm).__name__ in OF_ONE_SIGMA or getattr(dm, "time_r_in", None) is not None or "sigmas" in inside
+    return (
+        type(dm).__name__ in (*OF_ONE_SIGMA, *OF_COUPLED_ROWS)
+        or getattr(dm, "time_r_in", None) is not None
+        or "sigmas" in inside
+    )
+
+
+def of_coupled_rows(dm: torch.nn.Module) -> bool:
+    """Whether the rows of a call must stay together: something in the denoiser mixes them."""
+    return type(dm).__name__ in OF_COUPLED_ROWS
 
 
 def _times(patcher: comfy.model_patcher.ModelPatcher, options: dict[str, Any]) -> tuple[float, float]:
@@ -151,8 +168,16 @@ class Run:
 def run_wrapped(dm: torch.nn.Module, forward: Callable[..., torch.Tensor], args: tuple, kwargs: dict) -> torch.Tensor:
     """Run ``forward`` inside the DIFFUSION_MODEL wrappers that the model's own forward would have run (EasyCache)."""
     wrappers = []
-    if hasattr(type(dm), "_forward"):
+    if _runs_wrappers(type(dm)):
         kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
         wrappers = comfy.patcher_extension.get_all_wrappers(kind, kwargs.get("transformer_options", {}))
     executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(forward, dm, wrappers)
     return executor.execute(*args, **kwargs)
+
+
+@cache
+def _runs_wrappers(kind: type) -> bool:
+    """Whether a denoiser's forward runs these wrappers; that of Stable Audio, for one, does not."""
+    forwards = [inspect.unwrap(vars(parent)["forward"]) for parent in kind.__mro__ if "forward" in vars(parent)]
+    codes = [forward.__code__ for forward in forwards if isinstance(forward, FunctionType)]
+    return any("DIFFUSION_MODEL" in code.co_names for code in codes)

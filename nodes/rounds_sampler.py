@@ -136,9 +136,7 @@ class RoundsSampler(AheadSampler):
         also = [getattr(guider, name, None) or () for name in ("loaded_models", "uncond_loaded")]
         rows = math.ceil(len(x) * max(1.0, 2 * self.plan.lanes / len(self.plan.devices)))
         memory.announce(patcher, [*also[0], *also[1], second], patcher.memory_required([rows, *x.shape[1:]]))
-        kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
-        if not patcher.get_wrappers(kind, "leapfrog"):
-            patcher.add_wrapper_with_key(kind, "leapfrog", stepping_aside)
+        let_step_aside(patcher)
         return memory.denoiser
 
     def memory_for(self, patcher: comfy.model_patcher.ModelPatcher, recipe: Recipe) -> LanesMemory:
@@ -154,17 +152,24 @@ class RoundsSampler(AheadSampler):
         return known
 
 
-def step_aside(model: comfy.model_patcher.ModelPatcher) -> None:
-    """Before ComfyUI loads its own copy of a MODEL: it is not to have the ranks drop theirs to make room for that."""
-    for memory in _memories.get(model.model, {}).values():
-        memory.step_aside()
+def let_step_aside(model: comfy.model_patcher.ModelPatcher) -> None:
+    """Have the ranks of a MODEL step aside while ComfyUI loads its own copy."""
+    kind = comfy.patcher_extension.WrappersMP.OUTER_SAMPLE
+    if not model.get_wrappers(kind, "leapfrog"):
+        model.add_wrapper_with_key(kind, "leapfrog", stepping_aside)
 
 
 def stepping_aside(executor: Any, noise: Any, latent_image: Any, sampler: Any, *args: Any, **kwargs: Any) -> Any:
-    """An OUTER_SAMPLE wrapper of a MODEL that ParaStep has sampled: what comes next is that ComfyUI loads its copy."""
-    if isinstance(sampler, RoundsSampler):
-        step_aside(executor.class_obj.model_patcher)
-    return executor(noise, latent_image, sampler, *args, **kwargs)
+    """An OUTER_SAMPLE wrapper of a MODEL that ParaStep samples: what comes next is that ComfyUI loads its copy, and it
+    is not to have the ranks drop theirs to make room for that."""
+    memories = _memories.get(executor.class_obj.model_patcher.model, {}) if isinstance(sampler, RoundsSampler) else {}
+    aside = [memory for memory in memories.values() if memory.step_aside()]
+    try:
+        return executor(noise, latent_image, sampler, *args, **kwargs)
+    finally:  # those that were not announced meanwhile
+        for memory in aside:
+            if memory.holds:
+                memory.be_known()
 
 
 _memories: WeakKeyDictionary[comfy.model_base.BaseModel, dict[tuple[tuple[str, ...], Recipe], LanesMemory]] = (

@@ -44,6 +44,7 @@ HINTS = {
         "Use a smaller size or batch, more components (Async UNet Split), fewer lanes (ParaStep), or devices with more "
         "memory."
     ),
+    "layout_changed": "Queue the prompt again: the denoiser will be looked at anew.",
     "rank_error": "Please report it with the workflow and the log.",
 }
 

@@ -108,20 +108,19 @@ class SplitDenoiser(RemoteDenoiser):
 
     def submit(
         self, inputs: Any, x: Any, patches: Patches, tick: Tick, *, chunks: Sequence[int], stream: Hashable,
-        times: Times = (1.0, 1.0), ahead: bool = False,
+        times: Times = (1.0, 1.0), ahead: bool = False, together: bool = False,
     ) -> Pending:  # fmt: skip
         """Start an evaluation. ``inputs`` is the tree (args, kwargs) of the denoiser's forward, ``x`` the latent in it.
 
         ``chunks`` say which conditioning each equal share of the rows belongs to. ``stream`` names the conditioning
         whose stale state may be used. ``times`` are the timesteps of the steps before and after this one, each as a
-        multiple of this one's. ``ahead`` marks a step to come in the report. Raises LeapfrogError.
+        multiple of this one's. ``ahead`` marks a step to come in the report. ``together``: the rows stay on one lane.
+        Raises LeapfrogError.
         """
         pool = self._ready_pool(tick)
         with pool.lock:
             if not self._lanes:
                 self._lanes = self.plan.lanes(len(set(chunks)) > 1, self._whole_fits(pool, tick))
-            inside = inputs[1].get("transformer_options", {}).get("inside_patches", {})
-            together = "cond_or_uncond" in inside.get("reads", ())
             lanes = _lanes_of_call(self._lanes, first_tensor(x).shape[0], chunks, together)
             payloads, out = self._write(pool, lanes, inputs, x, tick)
             # what is asked meanwhile may take the place of the payloads, which no call holds yet
@@ -132,7 +131,12 @@ class SplitDenoiser(RemoteDenoiser):
     def wait(self, pending: Sequence[Pending], tick: Tick) -> Pending:
         """The first of these evaluations that is ready. Raises LeapfrogError, or what ``tick`` raises."""
         finals = {rank for one in pending for rank in one.finals}
-        call = self._wait([one.call for one in pending], sorted(finals), [one.size for one in pending], tick)
+        try:
+            call = self._wait([one.call for one in pending], sorted(finals), [one.size for one in pending], tick)
+        except LeapfrogError as error:
+            if error.report.code == "layout_changed":
+                self._watched.forget()
+            raise
         return next(one for one in pending if one.call is call)
 
     def result(self, pending: Pending, tick: Tick) -> Any:

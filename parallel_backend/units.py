@@ -78,11 +78,18 @@ def _walk(module: Any, prefix: str, worth: float):
             yield from _layers(child, path)
         elif kind in LISTS:
             if _size(child) >= worth:
-                for entry, block in child.named_children():
-                    layered = type(block).__name__ == LAYERED
-                    yield from _layers(block, f"{path}.{entry}") if layered else [f"{path}.{entry}"]
+                yield from _entries(child, path)
         else:
             yield from _walk(child, f"{path}.", worth)
+
+
+def _entries(blocks: Any, prefix: str):
+    for name, block in blocks.named_children():
+        path, kind = f"{prefix}.{name}", type(block).__name__
+        if kind in LISTS:  # of the levels of a U-Net (Stable Cascade)
+            yield from _entries(block, path)
+        else:
+            yield from _layers(block, path) if kind == LAYERED else [path]
 
 
 def _layers(block: Any, prefix: str):

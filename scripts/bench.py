@@ -370,7 +370,7 @@ def run(options: argparse.Namespace) -> None:
         beside, took = rows[one.beside], statistics.median(one.seconds)
         speed = statistics.median(beside.seconds) / took
         each = [theirs / ours for theirs, ours in zip(beside.seconds, one.seconds, strict=True)]
-        reached = f"{speed / (one.bound / ranks * factor):.0%}" if one.bound > 1 else "-"
+        reached = f"{speed / (one.bound / ranks * factor):.0%}" if one.bound > 1.001 else "-"
         apart = float((one.latent - beside.latent).norm() / beside.latent.norm())
         among = f"{min(each):.2f} to {max(each):.2f}"
         print(f"{name:30}{took:9.2f}{speed:7.2f}x{among:>16}{one.bound:7.2f}x{reached:>18}{apart:17.1e}")

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-
 NOTICED_S, AGAIN_S, CANCEL_S = 2.0, 1.0, 0.1
 
 

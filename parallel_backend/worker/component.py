@@ -96,9 +96,11 @@ class Component:
         seen = self._layout.outputs[unit]
         tensors = flatten(output)[1]
         if is_unknown(tensors):
-            raise RuntimeError(f"unit {unit} read what no rank sends to this one: its flow is not what was traced")
+            message = f"Unit {unit} of the denoiser reads more than when it was looked at."
+            raise LeapfrogError.of("layout_changed", message)
         if seen is None or [tuple(t.shape) for t in tensors] != [tuple(shape) for _, shape in seen.tensors]:
-            raise RuntimeError(f"unit {unit} returned other shapes than were traced: something changes them on the way")
+            message = f"Unit {unit} of the denoiser returns other shapes than when it was looked at."
+            raise LeapfrogError.of("layout_changed", message)
         for tensor, (dtype, _) in zip(tensors, seen.tensors, strict=True):
             if tensor.dtype != DTYPES[dtype]:
                 here = str(tensor.dtype).removeprefix("torch.")
@@ -155,7 +157,7 @@ class Component:
             except ComponentDone:
                 pass
             if is_unknown(result):
-                raise RuntimeError("the result reads what no rank sends to this one: its flow is not what was traced")
+                raise LeapfrogError.of("layout_changed", "The denoiser's result reads more than when it was looked at.")
         for other, wanted in now.sends.items():
             self._links.send(self._peers[other], [t for u in wanted for t in _as_in_memory(now, u, self._made[u])])
         self._answers, self._made = {}, {}
@@ -183,7 +185,8 @@ class Component:
 
 def _output(layout: Layout, unit: int) -> Output:
     output = layout.outputs[unit]
-    assert output is not None, "a unit that does not run was called"
+    if output is None:
+        raise LeapfrogError.of("layout_changed", f"Unit {unit} of the denoiser did not run when it was looked at.")
     return output
 
 

@@ -263,6 +263,14 @@ def test_two_split_models_of_a_guider():
     assert distance(sample(guider(split(load("flux"), **mode), split(another_model(), **mode))), theirs) < 0.05
 
 
+def test_two_split_models_that_share_ranks_are_refused():
+    """At every step the ranks would read one's file in place of the other's."""
+    models = split(load("flux")), split(load("unet"))
+    guider = DualModelGuider.execute(models[0], prompt(1), 3.0, models[1], prompt(100)).args[0]
+    with pytest.raises(LeapfrogError, match="models are both split and share devices"):
+        sample(guider)
+
+
 @pytest.mark.parametrize("together", [True, False])
 def test_a_compiled_model_is_left_as_it_was(together: bool, monkeypatch: pytest.MonkeyPatch):
     if not together:

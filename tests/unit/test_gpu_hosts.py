@@ -19,7 +19,7 @@ import tiny_models
 from leapfrog.nodes import AsyncUNetSplit
 from leapfrog.nodes.ranks_memory import LanesMemory
 from leapfrog.nodes.recipe import COMPUTE_ARGS, compute_args, recipe_of, weight_bytes
-from leapfrog.nodes.rounds_sampler import step_aside
+from leapfrog.nodes.rounds_sampler import stepping_aside
 from leapfrog.parallel_backend import plan
 from leapfrog.parallel_backend.devices import Machine
 from leapfrog.parallel_backend.worker.models.trace import Stash
@@ -156,9 +156,28 @@ def test_ranks_weights_do_not_make_room_for_the_hosts_own_copy_of_them(model: An
     other = LanesMemory(model, memory.denoiser)
     for one in (memory, other):
         one.announce(model)
-    step_aside(model)
-    (left,) = manager.current_loaded_models
-    assert left.model is other
+    guider = SimpleNamespace(model_patcher=model)
+
+    def known() -> list[Any]:
+        return [loaded.model for loaded in manager.current_loaded_models]
+
+    class Executor:
+        class_obj = guider
+
+        def __call__(self, *_: Any) -> None:
+            self.seen = known()
+            raise RuntimeError("no memory for the host's own copy")
+
+    def known_while_it_runs(by: Any) -> list[Any]:
+        executor = Executor()
+        with pytest.raises(RuntimeError, match="no memory"):
+            stepping_aside(executor, None, None, by)
+        return executor.seen
+
+    monkeypatch.setattr(memory.denoiser, "loaded_bytes", lambda _rank: 1)
+    assert known_while_it_runs(sampler) == [other]
+    assert set(known()) == {memory, other}, "they can be unloaded after a run that failed early, too"
+    assert set(known_while_it_runs(sampler.base)) == {memory, other}
 
 
 def test_what_the_run_uses_stays_where_it_is(model: Any, monkeypatch: pytest.MonkeyPatch):

@@ -77,7 +77,7 @@ def measured(way: str, lanes: int, steps: int, speeds: bool = True) -> str:
     assert len(found) == len(PICTURES)
     least, most = (f"{pick(row.speed for row in found):.2f}" for pick in (min, max))
     decibels = ", ".join(f"{row.psnr:.0f}" for row in found)
-    at = f" at {least}×" if least == most else f" at {least} to {most}×"
+    at = f" at {least}x" if least == most else f" at {least} to {most}x"
     return f"{decibels} dB{at if speeds else ''}"
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
+import comfy.ops
 import pytest
 import torch
+from comfy.ldm.cascade.stage_c import StageC
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -67,6 +70,16 @@ def test_the_units_of_sdxl():
     assert deep == [f"middle_block.1.transformer_blocks.{i}" for i in range(10)]
     assert "input_blocks.1.0" in units
     assert len(units) == 92
+
+
+def test_the_units_of_a_stable_cascade():
+    """Its lists are of levels, which are lists of blocks."""
+    made: dict[str, Any] = {"c_hidden": [64, 64], "nhead": [2, 2], "blocks": [[1, 2], [2, 1]]}
+    with torch.device("meta"):
+        units = find_units(StageC(**made, operations=comfy.ops.disable_weight_init))
+    assert units[:4] == ["down_blocks.0.0", "down_blocks.0.1", "down_blocks.0.2", "down_blocks.1.0"]
+    assert {unit.partition(".")[0] for unit in units} == {"down_blocks", "up_blocks"}
+    assert len(units) == 18
 
 
 def test_lists_that_are_small_or_inside_a_unit_are_not_cut():

@@ -13,7 +13,7 @@ from ..component import Component
 from ..links import Links
 from .inputs import forward_inputs, to_device
 from .loader import build, decode_patches, place_weights, weight_bytes
-from .taps import take_out, tap
+from .taps import forget_calls, take_out, tap
 
 
 class HeldDenoiser:
@@ -70,5 +70,7 @@ class HeldDenoiser:
     def inputs(self, tree: tuple[Any, Any], time: float = 1.0) -> tuple[Any, Any]:
         """The forward's (args, kwargs) on this device, its timesteps multiplied with ``time``."""
         args, kwargs = forward_inputs(tree, self._device, self.patcher.model.get_dtype_inference(), time)
+        if self.component:
+            forget_calls(self.denoiser)
         self._options = kwargs["transformer_options"]
         return args, kwargs

@@ -26,6 +26,13 @@ class Absence(torch.nn.Module):
         return getattr(self.__dict__["original"], name)
 
 
+def forget_calls(denoiser: torch.nn.Module) -> None:
+    """Have a denoiser compute anew what it keeps from call to call (HiDream-O1: keys and values of the text): a rank
+    that has some of its layers has no true values of the others."""
+    if hasattr(denoiser, "clear_kv_cache"):
+        denoiser.clear_kv_cache()  # pyright: ignore[reportCallIssue]
+
+
 def take_out(
     denoiser: torch.nn.Module, units: Sequence[str], absent: Sequence[int], answer: Callable[[int], Any]
 ) -> None:
