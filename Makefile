@@ -8,7 +8,7 @@ endif
 UNDISTURBED := tests/multirank tests/unit
 HAS_GPU = $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
-.PHONY: demo test test-gpu lint bench quality families faults soak fuzz setup clean distclean
+.PHONY: demo test test-gpu lint bench bench-all quality quality-all families faults soak fuzz setup clean distclean
 .DEFAULT_GOAL := demo
 
 demo: setup  ## one prompt through ComfyUI alone and through both nodes: a table and a picture
@@ -30,6 +30,21 @@ lint: setup
 
 bench: setup  ## speed on a denoiser heavy enough to tell
 	@$(BIN)/python scripts/bench.py
+
+bench-all: setup  ## every measured table of speed in docs/results.md, and the simulated ones: an hour of a machine left alone
+	@$(BIN)/python scripts/bench.py
+	@$(BIN)/python scripts/bench.py --ranks 4 --repeat 1
+	@$(BIN)/python scripts/bench.py --model sd21 --repeat 1
+	@$(BIN)/python scripts/bench.py --scaling --steps 8
+	@$(BIN)/python scripts/bench.py --batch --size 32 --steps 10 --warmup 1 --repeat 1
+	@$(BIN)/python scripts/validate.py --repeat 2
+	@$(BIN)/python scripts/simulate.py --profile sd15 sd21 sdxl --device cpu
+	@$(BIN)/python scripts/simulate.py build/simulate/sd15.json build/simulate/sd21.json build/simulate/sdxl.json
+	@$(BIN)/python scripts/simulate.py build/simulate/sd15.json build/simulate/sd21.json build/simulate/sdxl.json --by-link
+
+quality-all: setup  ## every table of docs/quality: some eight hours of two cores
+	@$(BIN)/python scripts/quality.py
+	@$(BIN)/python scripts/quality.py --models flux,unet,wan --sampler dpmpp_2m --samples 8 --steps 20,30,50
 
 quality: setup  ## how close both nodes come to ComfyUI alone, on the trained models, in short: build/quality
 	@$(BIN)/python scripts/quality.py --samples 4 --out build/quality

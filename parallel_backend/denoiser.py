@@ -13,7 +13,7 @@ import torch
 
 from .cutting import FOR_WEIGHTS
 from .devices import CPU, kind_of
-from .errors import LeapfrogError
+from .errors import ErrorReport, LeapfrogError, error_of
 from .pool import Call, Pool, Tick
 from .pool_memory import Held
 from .protocol import Cut, Evaluate, Load, Loaded, Payload, Recipe, Release, Unload
@@ -189,15 +189,20 @@ class RemoteDenoiser:
         self._look_at_outputs(call)
 
     def _look_at_outputs(self, call: Call) -> None:
-        """Warn of the first output in a run that is not finite. No error: ComfyUI alone goes on, to a black picture."""
+        """Warn of the first output in a run that is not finite.
+
+        Raises LeapfrogError not_finite where nothing is left of the picture. What an evaluation at a predicted latent gives
+        is no reason: it may be rejected.
+        """
         assert self.report and self._pool
-        for rank, done in call.replies.items():
-            if not self.report.bad and done.output and not self._pool.is_finite(done.output):
-                self.report.bad = (
-                    f"rank {rank} gave NaN or infinity in denoiser call {call.step}; if ComfyUI alone does so too, the "
-                    "model needs another precision (--bf16-unet, --fp32-unet)"
-                )
-                log.warning("Leapfrog: %s", self.report.bad)
+        found = {rank: self._pool.finite(done.output) for rank, done in call.replies.items() if done.output}
+        bad = [rank for rank, (whole, _) in found.items() if not whole]
+        if bad and not self.report.bad:
+            self.report.bad = f"rank {bad[0]} gave NaN or infinity in denoiser call {call.step}"
+            log.warning("Leapfrog: %s", self.report.bad)
+        if bad and self.report.calls[call.number] != "ahead" and not any(some for _, some in found.values()):
+            message = f"No number of what the denoiser gave in its call {call.step} is finite: the picture is lost."
+            raise error_of(ErrorReport("not_finite", message, bad[0], call.step))
 
     def _ready_pool(self, tick: Tick) -> Pool:
         pool = acquire(self.devices, self.host, tick, self)

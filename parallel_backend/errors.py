@@ -44,6 +44,9 @@ HINTS = {
         "Use a smaller size or batch, more components (Async UNet Split), fewer lanes (ParaStep), or devices with more "
         "memory."
     ),
+    "not_finite": (
+        "If ComfyUI alone draws a black picture, too, the model needs another precision (--bf16-unet, --fp32-unet)."
+    ),
     "layout_changed": "Queue the prompt again: the denoiser will be looked at anew.",
     "rank_error": "Please report it with the workflow and the log.",
 }

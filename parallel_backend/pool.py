@@ -209,10 +209,12 @@ class Pool:
         except (AttributeError, KeyError, ValueError):
             raise self.broken(ErrorReport("rank_error", "A rank sent a result that cannot be read.")) from None
 
-    def is_finite(self, payload: Payload) -> bool:
-        """Whether there is neither NaN nor infinity in a payload's tensors."""
+    def finite(self, payload: Payload) -> tuple[bool, bool]:
+        """Whether all numbers in a payload's tensors, and whether any, are neither NaN nor infinity."""
         arena = self.arenas[payload.arena]
-        return all(bool(torch.isfinite(arena.view(head)).all()) for head in payload.heads)
+        tensors = [torch.isfinite(arena.view(head)) for head in payload.heads]
+        whole = all(bool(one.all()) for one in tensors)
+        return whole, whole or any(bool(one.any()) for one in tensors)
 
     def submit(
         self,
