@@ -175,7 +175,11 @@ class RemoteDenoiser:
         known = max(self._slowest.get(size) or self._first.get(size, limit) for size in sizes)
         return min(limit, max(WARM_TIMEOUT_S, WARM_TIMEOUT_FACTOR * known))
 
-    def _took(self, call: Call, size: torch.Size, sent_at: float) -> None:
+    def _took(self, call: Call, size: torch.Size, sent_at: float, true: bool) -> None:
+        """A call has its result. ``true``: an evaluation in it was made where the sampler stood, not at a prediction.
+
+        Raises LeapfrogError not_finite.
+        """
         now = time.perf_counter()
         # behind an earlier call of the same ranks it had to wait
         seconds, alone = now - sent_at, now - max(sent_at, min(self._free_since.get(rank, 0.0) for rank in call.ranks))
@@ -186,13 +190,13 @@ class RemoteDenoiser:
             self._first[size] = alone
         assert self.report and self._pool
         self.report.ended(call.number, seconds)
-        self._look_at_outputs(call)
+        self._look_at_outputs(call, true)
 
-    def _look_at_outputs(self, call: Call) -> None:
+    def _look_at_outputs(self, call: Call, true: bool) -> None:
         """Warn of the first output in a run that is not finite.
 
-        Raises LeapfrogError not_finite where nothing is left of the picture. What an evaluation at a predicted latent gives
-        is no reason: it may be rejected.
+        Raises LeapfrogError not_finite where nothing is left of the picture. What an evaluation at a predicted latent
+        gives is no reason: it may be rejected.
         """
         assert self.report and self._pool
         found = {rank: self._pool.finite(done.output) for rank, done in call.replies.items() if done.output}
@@ -200,7 +204,7 @@ class RemoteDenoiser:
         if bad and not self.report.bad:
             self.report.bad = f"rank {bad[0]} gave NaN or infinity in denoiser call {call.step}"
             log.warning("Leapfrog: %s", self.report.bad)
-        if bad and self.report.calls[call.number] != "ahead" and not any(some for _, some in found.values()):
+        if bad and true and not any(some for _, some in found.values()):
             message = f"No number of what the denoiser gave in its call {call.step} is finite: the picture is lost."
             raise error_of(ErrorReport("not_finite", message, bad[0], call.step))
 

@@ -36,13 +36,15 @@ class LaneEvaluation:
 
 @dataclass(eq=False)
 class _Batch:
-    """A call with the rows of ``unread`` evaluations. ``shares`` are the rows ``[begin, end)`` of each rank."""
+    """A call with the rows of ``unread`` evaluations. ``shares`` are the rows ``[begin, end)`` of each rank. ``true``:
+    the first of a round is among them, which is made where the sampler stands."""
 
     call: Call
     size: torch.Size
     sent_at: float
     shares: dict[int, tuple[int, int]]
     unread: int
+    true: bool
     read: dict[int, Any]
 
 
@@ -111,11 +113,12 @@ class LanesDenoiser(RemoteDenoiser):
             calls = batched([one.rows for one in waiting])
             shares = row_shares([(rows.count, rows.group) for rows, _ in calls], len(self.devices))
             for (rows, members), share in zip(calls, shares, strict=True):
-                self._send(pool, rows, share, [waiting[number] for number in members], tick)
+                self._send(pool, rows, share, [waiting[number] for number in members], 0 in members, tick)
 
     def _send(
-        self, pool: Pool, rows: Rows, shares: dict[int, tuple[int, int]], members: list[LaneEvaluation], tick: Tick
-    ) -> None:
+        self, pool: Pool, rows: Rows, shares: dict[int, tuple[int, int]], members: list[LaneEvaluation], true: bool,
+        tick: Tick,
+    ) -> None:  # fmt: skip
         sent_at = time.perf_counter()
         room = room_for_output(members[0].x) * len(members)
         payload, out = pool.payload(rows.inputs, tick, reserve=room * len(shares), where="denoiser input")
@@ -126,9 +129,8 @@ class LanesDenoiser(RemoteDenoiser):
         }
         lanes = sum(member.lanes for member in members)
         call = self._submit(pool, messages, payload, f"round of {lanes}" if lanes > 1 else "single", tick)
-        batch = _Batch(
-            call, torch.Size((rows.count, *first_tensor(members[0].x).shape[1:])), sent_at, shares, len(members), {}
-        )
+        size = torch.Size((rows.count, *first_tensor(members[0].x).shape[1:]))
+        batch = _Batch(call, size, sent_at, shares, len(members), true, {})
         for at, member in enumerate(members):
             member.batch, member.begin = batch, at * member.rows.count
 
@@ -156,7 +158,7 @@ class LanesDenoiser(RemoteDenoiser):
                 parts.append(_cut(batch.read[rank], begin, end))
             if batch.unread == 1:
                 with pool.lock:
-                    self._took(batch.call, batch.size, batch.sent_at)
+                    self._took(batch.call, batch.size, batch.sent_at, batch.true)
         finally:
             self.drop(evaluation)
         return joined(parts)

@@ -20,7 +20,7 @@ class Held:
     patches_id: str
     parts: list[Loaded] = field(default_factory=list, compare=False)
 
-    def differs_in_patches_only(self, other: Held) -> bool:
+    def same_but_for_patches(self, other: Held) -> bool:
         return (self.recipe, self.cut, self.lanes) == (other.recipe, other.cut, other.lanes)
 
 

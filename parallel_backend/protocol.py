@@ -14,7 +14,7 @@ from .units import Flow
 
 # Decoded, a message takes up to 72 times its length: msgpack writes an empty dict in a byte.
 MAX_MESSAGE = 16 << 20
-MAX_ROUNDS = 1000
+MAX_REPEATS = 1000
 LOOPBACK = "127.0.0.1"
 Port = Annotated[int, msgspec.Meta(ge=0, le=0xFFFF)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
@@ -114,14 +114,15 @@ class Join(HostMessage):
 class Trace(HostMessage):
     """Watch the recipe's denoiser run on these inputs, on weights that are never read.
 
-    ``units`` are those of the cut where there is one, else they are found. Times are the best of ``rounds``. ``shapes``
-    are those of weights that patches will widen. ``held``: on those of the whole denoiser, which the rank holds.
+    ``units`` are those of the cut where there is one, else they are found. Times are the best of ``repeats``.
+    ``shapes`` are those of weights that patches will widen. ``held``: on the weights of the whole denoiser, which the
+    rank holds.
     """
 
     recipe: Recipe | None = None
     inputs: Payload | None = None
     units: list[str] = []
-    rounds: Annotated[int, msgspec.Meta(ge=0, le=MAX_ROUNDS)] = 0
+    repeats: Annotated[int, msgspec.Meta(ge=0, le=MAX_REPEATS)] = 0
     shapes: dict[str, Shape] = {}
     held: bool = False
 
@@ -180,13 +181,13 @@ class Echo(HostMessage):
 class Probe(HostMessage):
     """Time the link between the ranks ``first`` and ``second``, which both get this message at the same time.
 
-    ``first`` sends ``sizes[i]`` bytes to ``second`` and gets them back, ``rounds[i]`` times.
+    ``first`` sends ``sizes[i]`` bytes to ``second`` and gets them back, ``repeats[i]`` times.
     """
 
     first: int = 0
     second: int = 0
     sizes: list[int] = []
-    rounds: list[int] = []
+    repeats: list[int] = []
 
 
 class Room(HostMessage):

@@ -158,7 +158,7 @@ class Rounds:
         return abs(there.level - here.level) <= 1e-6 * max(1.0, here.level) and guard.accepts(there.x, here.x)
 
     def _reject(self, guard: Guard, predictor: Predictor) -> None:
-        guard.cut(self._under_way[0].lane)
+        guard.shrink(self._under_way[0].lane)
         self.taken.rejected += len(self._under_way)
         for one in self._under_way:
             if self._rolling:  # the next one is not to wait for them in front of the pipeline

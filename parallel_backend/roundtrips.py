@@ -14,7 +14,7 @@ from .schedules.simulate import Link
 ANSWER_S = 30.0
 SMALL, LARGE = 4 << 10, 16 << 20
 """Bytes that are sent from rank to rank, for the latency and for the bandwidth."""
-ROUNDS = [50, 5]
+REPEATS = [50, 5]
 
 
 def round_trip(
@@ -36,7 +36,7 @@ def round_trip(
 
 def link_between(pool: Pool, first: int, second: int, tick: Tick, large: int = LARGE) -> tuple[Link, bool]:
     """The link between two ranks, and whether all arrived as it was sent. Errors as in :func:`round_trip`."""
-    ask = Probe(first=first, second=second, sizes=[SMALL, large], rounds=ROUNDS)
+    ask = Probe(first=first, second=second, sizes=[SMALL, large], repeats=REPEATS)
     with pool.lock:
         replies: dict[int, Probed] = pool.request({first: ask, second: ask}, ANSWER_S, tick)
     quick, slow = replies[first].seconds

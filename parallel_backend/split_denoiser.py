@@ -32,13 +32,15 @@ Times = tuple[float, float]
 class Pending:
     """An evaluation under way. ``finals`` are the ranks that will have its rows, in order.
 
-    ``measured`` is to be told the drift. A call may serve two evaluations, its ``first`` and its ``last``.
+    ``true``: it is made where the sampler stands, not at a prediction. ``measured`` is to be told the drift. A call may
+    serve two evaluations, its ``first`` and its ``last``.
     """
 
     call: Call
     finals: list[int]
     size: torch.Size
     sent_at: float
+    true: bool
     measured: Callable[[float], None] | None = None
     first: bool = True
     last: bool = True
@@ -151,7 +153,7 @@ class SplitDenoiser(RemoteDenoiser):
             with pool.lock:
                 parts = [pool.read(pending.call.replies[rank].output) for rank in pending.finals]
                 if pending.first:
-                    self._took(pending.call, pending.size, pending.sent_at)
+                    self._took(pending.call, pending.size, pending.sent_at, pending.true)
         finally:
             self.drop(pending)
         return joined(parts)
@@ -195,7 +197,7 @@ class SplitDenoiser(RemoteDenoiser):
         finals = [lane.ranks[-1] for lane in lanes]
         sent_at = time.perf_counter()
         call = self._submit(pool, messages, payloads[0], kind, tick)
-        pending = Pending(call, finals, first_tensor(x).shape, sent_at)
+        pending = Pending(call, finals, first_tensor(x).shape, sent_at, not ahead)
         learnt.update((number, rank) for rank in messages)
         if two_steps:
             pending.last = False
@@ -220,7 +222,7 @@ class SplitDenoiser(RemoteDenoiser):
         assert self.report
         chosen, asked = self._chosen_cut(pool, payload, patches, tick) if self.components > 1 else (None, False)
         wanted, held = Held(self.recipe, chosen and chosen.cut, self._lanes, patches.id), pool.memory.held
-        if held is None or not held.differs_in_patches_only(wanted):
+        if held is None or not held.same_but_for_patches(wanted):
             self._forget_streams()
         self.report.loaded = self._load(pool, wanted.cut, self._lanes, patches, tick)
         if self.steps and not self.report.calls:

@@ -23,7 +23,7 @@ from .tensors import DTYPES
 from .units import Output
 
 log = logging.getLogger("leapfrog")
-ROUNDS = 3
+REPEATS = 3
 ECHOES = 20
 
 
@@ -123,14 +123,14 @@ class Survey(LanesDenoiser):
     ) -> list[Traced]:
         """What each rank sees of a call while all of them look."""
         payload, _ = pool.payload(call.inputs, tick, where="denoiser input")
-        ask = Trace(recipe=self.recipe, inputs=payload, units=units, rounds=ROUNDS, shapes=patches.shapes, held=held)
+        ask = Trace(recipe=self.recipe, inputs=payload, units=units, repeats=REPEATS, shapes=patches.shapes, held=held)
         replies = pool.request(dict.fromkeys(range(len(self.devices)), ask), step_timeout_s(), tick, using=payload)
         return [replies[rank] for rank in sorted(replies)]
 
     def _evaluate(self, pool: Pool, call: Rows, x: Any, ranks: Sequence[int], tick: Tick) -> float:
         """Seconds that the slowest of these ranks takes for a call while the others of them are at it, too."""
         times = []
-        for _ in range(1 + ROUNDS):
+        for _ in range(1 + REPEATS):
             room = 2 * room_for_output(x)
             payload, out = pool.payload(call.inputs, tick, reserve=room * len(ranks), where="denoiser input")
             asked = {

@@ -15,7 +15,7 @@ from .tensors import Shape
 from .units import Flow
 
 log = logging.getLogger("leapfrog")
-ROUNDS = 3
+REPEATS = 3
 """How often a unit is timed."""
 
 
@@ -57,8 +57,8 @@ class Watched:
         if all(rank in known for rank in ranks) or (known and one is not None):
             return [known[rank] for rank in sorted(known)], False
         before = self.units
-        rounds = ROUNDS if one is None else 0
-        trace = Trace(recipe=self._recipe, inputs=payload, units=before, rounds=rounds, shapes=dict(shapes))
+        repeats = REPEATS if one is None else 0
+        trace = Trace(recipe=self._recipe, inputs=payload, units=before, repeats=repeats, shapes=dict(shapes))
         began = time.monotonic()
         seen = pool.request(dict.fromkeys(ranks, trace), step_timeout_s(), tick, using=payload)
         first: Traced = next(iter(seen.values()))

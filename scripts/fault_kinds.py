@@ -181,11 +181,11 @@ KINDS: dict[str, Kind] = {
         (LOADING, SAMPLING, IDLE), may=("right",), weight=1.5,
     ),
     "missing file": Kind(
-        Breakable.hide_file, (QUEUED,), may=("failed",), says=rf"(?s)FileNotFound|no longer there|{DENOISER}",
+        Breakable.hide_file, (QUEUED,), may=("failed",), says=rf"FileNotFound|{DENOISER}",
         repair=Breakable.restore_file,
     ),
     "torn file": Kind(
-        Breakable.tear_file, (QUEUED,), may=("failed",), says=rf"(?s){DENOISER}|{NAMES_A_RANK}|SafetensorError|header",
+        Breakable.tear_file, (QUEUED,), may=("failed",), says=rf"{DENOISER}|{NAMES_A_RANK}|SafetensorError|header",
         repair=Breakable.restore_file,
     ),
     "no memory": Kind(

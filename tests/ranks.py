@@ -5,11 +5,13 @@ All tests share one pool: the backend keeps the ranks of the last set of devices
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import comfy.sd
 import comfy.utils
+import pytest
 import torch
 
 import tiny_models
@@ -24,6 +26,13 @@ torch.set_num_threads(1)  # the ranks have a core each
 
 EXACT = 1e-4 if ON_GPUS else 1e-5
 """Relative distance up to which two results count as the same."""
+
+
+@pytest.fixture(scope="package", autouse=True)
+def no_ranks_afterwards() -> Iterator[None]:
+    """The ranks that tests share end with the last test of their folder."""
+    yield
+    supervisor.close_all()
 
 
 @cache

@@ -22,7 +22,8 @@ import comfy.taesd.taesd
 import torch
 from safetensors.torch import load_file
 
-from tiny_models import CONTEXT, Weights, _cached, _seeded, tiny_flux, tiny_unet
+from seeded import cached, seeded
+from tiny_models import CONTEXT, Weights, tiny_flux, tiny_unet
 
 MAKE: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "operations": comfy.ops.disable_weight_init}
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def controlnet(family: str) -> comfy.controlnet.ControlNet:
         weights = _unet_controlnet()
     else:
         whole = comfy.ldm.flux.controlnet.ControlNetFlux(**_config(tiny_flux()), **MAKE)
-        weights = {key.replace("_norm.weight", "_norm.scale"): value for key, value in _seeded(whole, 22).items()}
+        weights = {key.replace("_norm.weight", "_norm.scale"): value for key, value in seeded(whole, 22).items()}
     return comfy.controlnet.load_controlnet_state_dict(dict(weights))
 
 
@@ -57,8 +58,8 @@ def control_lora() -> comfy.controlnet.ControlLora:
 def gligen() -> comfy.model_patcher.ModelPatcher:
     """What GLIGEN Loader gives, for the one attention layer of the tiny U-Net."""
     layer = comfy.gligen.GatedSelfAttentionDense(320, CONTEXT, 8, 40)
-    weights = {f"input_blocks.1.1.transformer_blocks.0.fuser.{k}": v for k, v in _seeded(layer, 24).items()}
-    weights.update((f"position_net.{k}", v) for k, v in _seeded(comfy.gligen.PositionNet(CONTEXT, CONTEXT), 25).items())
+    weights = {f"input_blocks.1.1.transformer_blocks.0.fuser.{k}": v for k, v in seeded(layer, 24).items()}
+    weights.update((f"position_net.{k}", v) for k, v in seeded(comfy.gligen.PositionNet(CONTEXT, CONTEXT), 25).items())
     for name in ("attn", "dense"):
         weights[f"input_blocks.1.1.transformer_blocks.0.fuser.alpha_{name}"] = torch.tensor(1.0)
     device = comfy.model_management.get_torch_device()
@@ -75,13 +76,13 @@ def tiny_inpainting_unet() -> Path:
         more = torch.randn(first.shape[0], 5, *first.shape[2:], generator=rng) * first[0].numel() ** -0.5
         return {**weights, "input_blocks.0.0.weight": torch.cat([first, more], 1)}
 
-    return _cached("inpainting-unet", make)
+    return cached("inpainting-unet", make)
 
 
 @cache
 def vae_of_four_channels() -> comfy.sd.VAE:
     """A VAE in TAESD's layout for the tiny U-Net."""
-    return comfy.sd.VAE(sd=dict(_seeded(comfy.taesd.taesd.TAESD(latent_channels=4), 27)))
+    return comfy.sd.VAE(sd=dict(seeded(comfy.taesd.taesd.TAESD(latent_channels=4), 27)))
 
 
 def loras() -> dict[str, Weights]:
@@ -127,4 +128,4 @@ def _config(path: Path) -> dict[str, Any]:
 def _unet_controlnet() -> dict[str, torch.Tensor]:
     config = _config(tiny_unet())
     del config["out_channels"]
-    return dict(_seeded(comfy.cldm.cldm.ControlNet(hint_channels=3, **config, **MAKE), 21))
+    return dict(seeded(comfy.cldm.cldm.ControlNet(hint_channels=3, **config, **MAKE), 21))

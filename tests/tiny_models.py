@@ -16,9 +16,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from safetensors.torch import load_file
 
-from seeded import Weights
-from seeded import cached as _cached
-from seeded import seeded as _seeded
+from seeded import Weights, cached, seeded
 
 CONTEXT = 768
 """Width of the prompts of both denoisers, CLIP-L's, which is also the width of the Flux's pooled prompt."""
@@ -26,12 +24,12 @@ CONTEXT = 768
 
 def tiny_flux() -> Path:
     """A Flux of 2 double and 4 single blocks; latents of 16 channels."""
-    return _cached("flux", lambda: _seeded(_flux(), 0))
+    return cached("flux", lambda: seeded(_flux(), 0))
 
 
 def tiny_unet() -> Path:
     """A U-Net in Stable Diffusion 1.5's layout: two resolutions, a middle block; latents of 4 channels."""
-    return _cached("unet", lambda: _seeded(_unet(), 1))
+    return cached("unet", lambda: seeded(_unet(), 1))
 
 
 def tiny_checkpoint() -> Path:
@@ -41,12 +39,12 @@ def tiny_checkpoint() -> Path:
         denoiser = {f"model.diffusion_model.{key}": value for key, value in load_file(tiny_flux()).items()}
         return {**denoiser, **{f"vae.{key}": value for key, value in load_file(tiny_vae()).items()}}
 
-    return _cached("checkpoint", make)
+    return cached("checkpoint", make)
 
 
 def tiny_vae() -> Path:
     """A VAE in TAESD's layout for the tiny Flux."""
-    return _cached("vae", lambda: _seeded(comfy.taesd.taesd.TAESD(latent_channels=16), 2))
+    return cached("vae", lambda: seeded(comfy.taesd.taesd.TAESD(latent_channels=16), 2))
 
 
 def tiny_lora() -> Path:
@@ -62,7 +60,7 @@ def tiny_lora() -> Path:
                 out[f"{name}.lora_down.weight"] = torch.randn(4, columns, generator=rng) * columns**-0.5
         return out
 
-    return _cached("lora", make)
+    return cached("lora", make)
 
 
 def _flux() -> torch.nn.Module:

@@ -180,7 +180,7 @@ class Guard:
             self.accepted = max(self.accepted, drift)
         return drift <= self._bound
 
-    def cut(self, accepted: int) -> None:
+    def shrink(self, accepted: int) -> None:
         """A round of more than ``accepted`` evaluations had only the first of them accepted."""
         if not self._eager:
             self._grown = max(1, accepted)

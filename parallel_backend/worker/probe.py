@@ -26,15 +26,15 @@ def probe(links: Links, message: Probe) -> Probed:
         raise ValueError(
             f"rank {links.rank} of {links.world} cannot probe between {message.first} and {message.second}"
         )
-    if not all(0 < size <= LARGEST for size in message.sizes) or not all(0 < n <= MOST for n in message.rounds):
-        raise ValueError(f"a probe of {message.sizes} bytes, {message.rounds} times, is out of bounds")
+    if not all(0 < size <= LARGEST for size in message.sizes) or not all(0 < n <= MOST for n in message.repeats):
+        raise ValueError(f"a probe of {message.sizes} bytes, {message.repeats} times, is out of bounds")
     leads = links.rank == message.first
     other = message.second if leads else message.first
     seconds, intact = [], True
-    for size, rounds in zip(message.sizes, message.rounds, strict=True):
+    for size, repeats in zip(message.sizes, message.repeats, strict=True):
         sent = PATTERN.to(links.device).repeat(size // len(PATTERN) + 1)[:size]
         times = []
-        for _ in range(WARM + rounds):
+        for _ in range(WARM + repeats):
             began = time.perf_counter()
             if leads:
                 links.send(other, [sent])

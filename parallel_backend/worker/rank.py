@@ -151,7 +151,7 @@ class Rank:
         if message.held and not (held and held.recipe == recipe and held.cut is None):
             raise ValueError("this rank does not hold the whole denoiser")
         tree = self._tree(message.inputs)
-        return trace(recipe, tree, self._device, message.units, message.rounds, message.shapes, held)
+        return trace(recipe, tree, self._device, message.units, message.repeats, message.shapes, held)
 
     def _load(self, message: Load) -> Loaded:
         from .models.denoiser import HeldDenoiser

@@ -1,13 +1,3 @@
-from __future__ import annotations
+from ranks import no_ranks_afterwards
 
-from collections.abc import Iterator
-
-import pytest
-
-from leapfrog.parallel_backend import supervisor
-
-
-@pytest.fixture(scope="package", autouse=True)
-def no_ranks_afterwards() -> Iterator[None]:
-    yield
-    supervisor.close_all()
+__all__ = ["no_ranks_afterwards"]

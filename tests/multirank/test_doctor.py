@@ -119,7 +119,7 @@ def test_ranks_that_never_start(tmp_path: Path, broken: Callable[[str], Path]):
 
 def test_a_link_carries_what_it_is_given():
     pool = supervisor.acquire(("cpu", "cpu"), ComfyHost(str(comfyui_dir()), ("--cpu",)), lambda: None, doctor)
-    ask = Probe(first=1, second=0, sizes=[1, 1000, 1 << 20], rounds=[3, 2, 1])
+    ask = Probe(first=1, second=0, sizes=[1, 1000, 1 << 20], repeats=[3, 2, 1])
     replies: dict[int, Probed] = pool.request({0: ask, 1: ask}, 60.0, lambda: None)
     for reply in replies.values():
         assert reply.intact

@@ -22,7 +22,7 @@ def test_messages_that_have_left_are_given_back():
     rank = psutil.Process(pool.pids[0])
     before = rank.memory_info().rss
     for _ in range(2):
-        probe = {r: Probe(first=0, second=1, sizes=[MESSAGE], rounds=[150]) for r in (0, 1)}
+        probe = {r: Probe(first=0, second=1, sizes=[MESSAGE], repeats=[150]) for r in (0, 1)}
         with pool.lock:
             pool.request(probe, 60.0, lambda: None)
     assert rank.memory_info().rss - before < 60 * MESSAGE

@@ -259,8 +259,8 @@ def test_a_prompt_of_another_length_is_not_measured_again():
         ours = generate(model, request, positive=longer)
         generate(model, Request(cfg=1.0, size=10))
     assert distance(ours, generate(load("flux"), request, positive=longer)) < EXACT
-    rounds = [message.rounds for message in messages if isinstance(message, Trace)]
-    assert rounds == [0, 3, 3], "one rank says what flows; a size that is new is timed by both"
+    repeats = [message.repeats for message in messages if isinstance(message, Trace)]
+    assert repeats == [0, 3, 3], "one rank says what flows; a size that is new is timed by both"
 
 
 @pytest.mark.parametrize("count", [3, 4])

@@ -23,6 +23,7 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from safetensors.torch import save_file
 
+import seeded
 import tiny_models
 from generation import Request, generate, noise, prompt
 from leapfrog.nodes import inside_patches
@@ -67,7 +68,7 @@ def node(file: str, name: str) -> Any:
 def loaded(family: str) -> Any:
     if family == "flux":
         return comfy.sd.load_diffusion_model(str(tiny_models.tiny_flux()))
-    return comfy.sd.load_diffusion_model(str(tiny_models._cached("unet-middle", unet_with_attention_in_the_middle)))
+    return comfy.sd.load_diffusion_model(str(seeded.cached("unet-middle", unet_with_attention_in_the_middle)))
 
 
 def unet_with_attention_in_the_middle() -> tiny_models.Weights:
@@ -78,7 +79,7 @@ def unet_with_attention_in_the_middle() -> tiny_models.Weights:
         context_dim=tiny_models.CONTEXT, use_spatial_transformer=True, use_linear_in_transformer=False, legacy=False,
         dtype=torch.float32, device="cpu", operations=comfy.ops.disable_weight_init,
     )  # fmt: skip
-    return tiny_models._seeded(model, 4)
+    return seeded.seeded(model, 4)
 
 
 @pytest.fixture

@@ -156,13 +156,13 @@ def test_a_round_grows_by_one_where_one_more_would_have_been_accepted_and_shrink
     guard.spare(2, x, x)
     guard.spare(3, x, x)
     assert guard.length(5) == 3
-    guard.cut(1)
+    guard.shrink(1)
     assert guard.length(5) == 1
 
 
 def test_an_eager_guard_always_has_all_lanes():
     guard = Guard(4, bound=1e-5, eager=True)
-    guard.cut(1)
+    guard.shrink(1)
     assert [guard.length(index) for index in range(3)] == [1, 4, 4]
 
 

@@ -71,8 +71,8 @@ def test_what_a_unit_reads_is_seen_through_the_code_in_between(between: Any, rea
     assert marks_of(result) == head
 
 
-def traced(path: Any, args: tuple, kwargs: dict, units: Any = (), rounds: int = 1) -> Traced:
-    return trace(Recipe.of("diffusion_model", str(path), {}), (args, kwargs), CPU, units, rounds, {})
+def traced(path: Any, args: tuple, kwargs: dict, units: Any = (), repeats: int = 1) -> Traced:
+    return trace(Recipe.of("diffusion_model", str(path), {}), (args, kwargs), CPU, units, repeats, {})
 
 
 def test_a_flux_is_a_chain():
@@ -108,7 +108,7 @@ def test_a_unet_has_its_skips():
 def test_the_units_of_a_cut_keep_their_numbers():
     args = (torch.ones(1, 4, 8, 8), torch.ones(1), torch.ones(1, TOKENS, 768))
     names = ["output_blocks.1.0", "middle_block.0"]
-    seen = traced(tiny_models.tiny_unet(), args, {"transformer_options": {}}, names, rounds=0)
+    seen = traced(tiny_models.tiny_unet(), args, {"transformer_options": {}}, names, repeats=0)
     assert [unit.path for unit in seen.units] == names
     assert seen.flow.reads == [[1], []]
     assert seen.units[0].seconds == 0

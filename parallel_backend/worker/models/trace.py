@@ -30,10 +30,10 @@ MARK = "leapfrog_reads"
 @torch.inference_mode(False)
 @torch.no_grad()
 def trace(
-    recipe: Recipe, tree: tuple[Any, Any], device: torch.device, units: Sequence[str], rounds: int,
+    recipe: Recipe, tree: tuple[Any, Any], device: torch.device, units: Sequence[str], repeats: int,
     shapes: Mapping[str, Sequence[int]], held: HeldDenoiser | None = None,
 ) -> Traced:  # fmt: skip
-    """The flow of the recipe's denoiser for these inputs, and unit times, the best of ``rounds``.
+    """The flow of the recipe's denoiser for these inputs, and unit times, the best of ``repeats``.
 
     ``units`` are the units that a cut was made of; where empty they are found, and those that do not run are left out.
     In the order in which they run; those that run several times are always left out. ``shapes`` are those of weights
@@ -61,7 +61,7 @@ def trace(
         first = Watch(denoiser, names, device, marking=True, moving=not held)
         result = run(first)
     order = list(range(len(names))) if units else first.order
-    timed = [Watch(denoiser, names, device, marking=False, moving=not held) for _ in range(rounds)]
+    timed = [Watch(denoiser, names, device, marking=False, moving=not held) for _ in range(repeats)]
     for watch in timed:
         run(watch)
     place = {unit: at for at, unit in enumerate(order)}
