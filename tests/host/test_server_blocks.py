@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from campaign import is_rank, wait_until
 from comfy_server import ComfyServer, PromptError, PromptInterrupted
+from pack import BASE
 from where import devices
 
 BLOCKS = {"async_unet_split": "split", "parastep_sampler": "sampler", "parastep_ksampler": "sample"}
@@ -77,6 +79,30 @@ def test_a_block_without_approximation_draws_what_comfyui_draws(
 ):
     ours, theirs = picture(comfy_server, block_graph(name, **node)), picture(comfy_server, block_graph("stock_flux"))
     assert np.abs(ours - theirs).max() <= 1
+
+
+@pytest.fixture
+def checkpoint() -> Iterator[str]:
+    """The proving Flux as a file for Load Checkpoint."""
+    path = BASE / "models" / "checkpoints" / "flux_as_checkpoint.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    weights = load_file(BASE / "models" / "diffusion_models" / "shapes_flux.safetensors")
+    save_file({f"model.diffusion_model.{key}": weight for key, weight in weights.items()}, path)
+    yield path.name
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "node"), [("async_unet_split", {"mode": "exact"}), ("parastep_ksampler", {"lanes": 1})]
+)
+def test_a_model_of_load_checkpoint(
+    comfy_server: ComfyServer, block_graph: Graphs, checkpoint: str, name: str, node: dict[str, Any]
+):
+    loader = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}}
+    theirs = picture(comfy_server, block_graph("stock_flux"))
+    ours = picture(comfy_server, {**block_graph(name, **node), "model": loader})
+    assert np.abs(ours - theirs).max() <= 1
+    assert len(ranks(comfy_server)) == 2
 
 
 @pytest.mark.parametrize(

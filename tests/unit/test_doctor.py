@@ -164,10 +164,10 @@ def test_a_python_without_torch_says_which_one_to_take(tmp_path: Path, arguments
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"second": 7}, {"second": 0}, {"first": 1, "second": 2}, {"sizes": [1 << 40]}, {"rounds": [0]}], ids=str
+    "wrong", [{"second": 7}, {"second": 0}, {"first": 1, "second": 2}, {"sizes": [1 << 40]}, {"repeats": [0]}], ids=str
 )
 def test_a_probe_that_cannot_be_is_refused(wrong: dict[str, Any]):
     """Before anything is sent: gloo ends the process where a rank is not there."""
     links: Any = SimpleNamespace(rank=0, world=3)
     with pytest.raises(ValueError, match=r"cannot probe|out of bounds"):
-        probe(links, Probe(**{"first": 0, "second": 1, "sizes": [1], "rounds": [1], **wrong}))
+        probe(links, Probe(**{"first": 0, "second": 1, "sizes": [1], "repeats": [1], **wrong}))
