@@ -150,19 +150,19 @@ class StandInPatcher(RanksPatcher):
     @property
     def largest_share(self) -> int:
         plan = self.denoiser.plan
-        return self.denoiser.nbytes // plan.components(plan.lanes(guided=True, whole_fits=True)[0])
+        return self.denoiser.nbytes // plan.components(plan.pipelines(guided=True, whole_fits=True)[0])
 
     def _room_for_calls(self) -> float:
         """Bytes that a call may need: as ComfyUI reckons for itself, but of what the rank on the host's GPU has, where
-        there is one, and of the rows of both lanes. The same for a whole run."""
+        there is one, and of the rows of both pipelines. The same for a whole run."""
         if self.load_device.type == "cpu" or not self.ranks_here:
             return math.inf
         free, held, plan = self.get_free_memory(self.load_device), self.loaded_size(), self.denoiser.plan
         whole = held >= self.denoiser.nbytes if held else self.denoiser.fits(free)
-        lanes = plan.lanes(guided=True, whole_fits=whole)
+        pipelines = plan.pipelines(guided=True, whole_fits=whole)
         if not held:
-            free -= self.denoiser.nbytes // plan.components(lanes[0])
-        return max(0.0, free / 1.5 * len(lanes))
+            free -= self.denoiser.nbytes // plan.components(pipelines[0])
+        return max(0.0, free / 1.5 * len(pipelines))
 
     def load(self, device_to: Any = None, lowvram_model_memory: int = 0, force_patch_weights: bool = False,
              full_load: bool = False) -> None:  # fmt: skip

@@ -204,9 +204,9 @@ def _lanes_plans(devices: tuple[str, ...], rows: int) -> Iterator[tuple[LanesPla
 def _split_plans(devices: tuple[str, ...], conditionings: int, units: int) -> Iterator[SplitPlan]:
     """The split's plans on the first two to all of these devices."""
     for components in range(1, min(MOST, len(devices), units) + 1):
-        for lanes, cfg_lanes in ((1, "off"), (2, "on"))[:conditionings]:
-            ranks = lanes * components
-            if components == 1 and lanes == 2 and ranks <= len(devices):
+        for pipelines, cfg_lanes in ((1, "off"), (2, "on"))[:conditionings]:
+            ranks = pipelines * components
+            if components == 1 and pipelines == 2 and ranks <= len(devices):
                 yield SplitPlan(devices[:2], 1, mode="exact", cfg_lanes="on")
             if components == 1 or ranks > len(devices):
                 continue
@@ -214,9 +214,9 @@ def _split_plans(devices: tuple[str, ...], conditionings: int, units: int) -> It
                 for mode in ("exact", *SPLIT_WARMUP):
                     warmup = 0 if mode in ("exact", "lookahead") else SPLIT_WARMUP[mode]
                     yield SplitPlan(devices[:ranks], components, warmup, mode, cfg_lanes=cfg_lanes, balance=balance)
-                if ranks + lanes <= len(devices):
+                if ranks + pipelines <= len(devices):
                     yield SplitPlan(
-                        devices[: ranks + lanes], components, SPLIT_WARMUP["asyncdiff"], "asyncdiff", 2, cfg_lanes,
+                        devices[: ranks + pipelines], components, SPLIT_WARMUP["asyncdiff"], "asyncdiff", 2, cfg_lanes,
                         balance=balance,
                     )  # fmt: skip
 
@@ -234,14 +234,14 @@ def split_seconds(facts: Facts, plan: SplitPlan, steps: int, conditionings: int)
 
     Raises ValueError where no cut fits the devices.
     """
-    lanes = plan.lanes(conditionings > 1, whole_fits=True)
-    each = conditionings if len(lanes) == 1 else 1  # conditionings in each lane
+    pipelines = plan.pipelines(conditionings > 1, whole_fits=True)
+    each = conditionings if len(pipelines) == 1 else 1  # conditionings in each pipeline
     stem, head = facts.stem[each - 1], facts.head[each - 1]
-    bounds = facts.bounds(plan.components(lanes[0]), each, plan.balance)
+    bounds = facts.bounds(plan.components(pipelines[0]), each, plan.balance)
     costs = [unit.seconds[each - 1] for unit in facts.units]
     traffic = crossing([each * unit.output for unit in facts.units], [unit.needs for unit in facts.units], bounds)
-    # two lanes are always at work at once
-    always = facts.crowd if len(lanes) > 1 else 1.0
+    # two pipelines are always at work at once
+    always = facts.crowd if len(pipelines) > 1 else 1.0
     seconds = run_seconds(
         plan.schedule, steps, component_seconds(costs, bounds, head=head), traffic, facts.link,
         stem=stem, warmup=plan.warmup, stride=plan.stride, host=facts.host, row_scale=always,

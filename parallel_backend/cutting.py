@@ -31,22 +31,22 @@ class Chosen(NamedTuple):
 
 
 def choose_cut(
-    traces: Sequence[Traced], lanes: Sequence[Sequence[int]], plan: SplitPlan, current: Cut | None
+    traces: Sequence[Traced], pipelines: Sequence[Sequence[int]], plan: SplitPlan, current: Cut | None
 ) -> Chosen:
     """The cut whose slowest component is fastest; ``current`` where that is nearly as good.
 
-    With stride 2 the last rank of a lane holds the last component once more.
+    With stride 2 the last rank of a pipeline holds the last component once more.
 
-    ``traces[rank]`` is what each rank measured, ``lanes`` the ranks of each lane in the order of their components.
-    Where the plan balances memory, no rank holds more than its share of the weights by a tenth of them.
-    Raises LeapfrogError bad_plan where the components do not fit their devices, or for a cut that cannot be.
+    ``traces[rank]`` is what each rank measured, ``pipelines`` the ranks of each in the order of their components.
+    Where the plan balances memory, no rank holds more than its share of the weights by a tenth of them. Raises
+    LeapfrogError bad_plan where the components do not fit their devices, or for a cut that cannot be.
     """
     units = [unit.path for unit in traces[0].units]
-    components = plan.components(lanes[0])
+    components = plan.components(pipelines[0])
     twins = plan.stride - 1
     # the ranks that hold the component at each position
-    holders = [[lane[at] for lane in lanes] for at in range(components)]
-    holders[-1] += [rank for lane in lanes for rank in lane[components:]]
+    holders = [[pipeline[at] for pipeline in pipelines] for at in range(components)]
+    holders[-1] += [rank for pipeline in pipelines for rank in pipeline[components:]]
     seconds = _seconds(traces)
     costs = [[max(seconds[rank][u] for rank in ranks) for u in range(len(units))] for ranks in holders]
     stem, head = traces[0].stem, traces[0].head
@@ -60,7 +60,12 @@ def choose_cut(
     except ValueError as error:
         raise LeapfrogError.of("bad_plan", f"{error}.") from None
     share = slowest_share(costs, bounds, stem=stem, head=head)
-    if current and current.units == units and _held_twice(current) == twins and len(current.bounds) == len(lanes[0]):
+    if (
+        current
+        and current.units == units
+        and _held_twice(current) == twins
+        and len(current.bounds) == len(pipelines[0])
+    ):
         now = slowest_share(costs, current.bounds[:components], stem=stem, head=head)
         if WORTH_RECUTTING * now <= share:
             return Chosen(current, now)

@@ -224,9 +224,11 @@ class RemoteDenoiser:
             return True
         return all(free is None or self.fits(free) for free in pool.free(tick))
 
-    def _load(self, pool: Pool, cut: Cut | None, lanes: list[list[int]], patches: Patches, tick: Tick) -> list[Loaded]:
-        """What the ranks hold, after loading what they do not. ``lanes`` are the ranks of each lane, in order."""
-        wanted = Held(self.recipe, cut, lanes, patches.id)
+    def _load(
+        self, pool: Pool, cut: Cut | None, pipelines: list[list[int]], patches: Patches, tick: Tick
+    ) -> list[Loaded]:
+        """What the ranks hold, after loading what they do not. ``pipelines`` are the ranks of each, in order."""
+        wanted = Held(self.recipe, cut, pipelines, patches.id)
         held = pool.memory.held
         if held and held == wanted:
             return held.parts
@@ -235,9 +237,9 @@ class RemoteDenoiser:
         began = time.monotonic()
         tree, _ = pool.payload(patches.tree, tick, where="weight patches")
         message = {
-            rank: Load(recipe=self.recipe, cut=cut, peers=lane, patches=tree, patches_id=patches.id)
-            for lane in lanes
-            for rank in lane
+            rank: Load(recipe=self.recipe, cut=cut, peers=pipeline, patches=tree, patches_id=patches.id)
+            for pipeline in pipelines
+            for rank in pipeline
         }
         replies = pool.request(message, step_timeout_s(), tick, using=tree)
         pool.memory.held = replace(wanted, parts=[replies.get(r, Loaded()) for r in range(len(self.devices))])
@@ -259,7 +261,7 @@ def first_tensor(x: Any) -> torch.Tensor:
 
 
 def joined(parts: list[Any]) -> Any:
-    """One output of several lanes' outputs, row by row."""
+    """One output of several pipelines' outputs, row by row."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], torch.Tensor):

@@ -30,7 +30,7 @@ WORTH = 1.2
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Async UNet Split: lanes of components, one component per device.
+    """Async UNet Split: pipelines of components, one component per device.
 
     ``degree`` is the number of components, 0 for what the devices and the conditionings suggest. ``warmup`` is the
     number of exact evaluations at the start, 0 for as many as it takes until the drift is within ``bound``. ``cut``
@@ -77,7 +77,7 @@ class SplitPlan:
             )
         if self.cfg_lanes == "on" and len(self.devices) % 2:
             raise LeapfrogError.of(
-                "bad_plan", f"cfg_lanes 'on': two lanes need an even number of devices, not {len(self.devices)}."
+                "bad_plan", f"cfg_lanes 'on': two pipelines need an even number of devices, not {len(self.devices)}."
             )
 
     @classmethod
@@ -86,7 +86,8 @@ class SplitPlan:
     ) -> SplitPlan:
         """The plan for what a user wrote on the node; ``components`` 0 means as many as there are devices for.
 
-        Of the devices named, or with "auto" of those there are, two lanes of ``components`` are taken where they allow.
+        Of the devices named, or with "auto" of those there are, two pipelines of ``components`` are taken where they
+        allow.
         A single device makes a plan of one, whatever was asked for. ``own`` as in :class:`devices.Machine`.
         """
         machine = replace(this_machine(), own=own)
@@ -96,19 +97,19 @@ class SplitPlan:
         options = {**options, "cfg_lanes": cfg_lanes, "stride": stride}
         if components == 0:
             return cls(there, 0, **options)
-        lane = components + stride - 1
-        two = cfg_lanes == "on" or (cfg_lanes == "auto" and len(there) >= 2 * lane)
-        return cls(choose_devices(devices, 2 * lane if two else lane, machine), components, **options)
+        each = components + stride - 1
+        two = cfg_lanes == "on" or (cfg_lanes == "auto" and len(there) >= 2 * each)
+        return cls(choose_devices(devices, 2 * each if two else each, machine), components, **options)
 
-    def components(self, lane: Sequence[int]) -> int:
-        """How many components the ranks of a lane have."""
-        return len(lane) - self.stride + 1
+    def components(self, pipeline: Sequence[int]) -> int:
+        """How many components the ranks of a pipeline have."""
+        return len(pipeline) - self.stride + 1
 
-    def lanes(self, guided: bool, whole_fits: bool) -> list[list[int]]:
-        """The ranks of each lane, in the order of their components; with stride 2 the last component has two.
+    def pipelines(self, guided: bool, whole_fits: bool) -> list[list[int]]:
+        """The ranks of each pipeline, in the order of their components; with stride 2 the last component has two.
 
-        Two lanes where a call has two conditionings (``guided``) and the devices are even in number; one component per
-        lane only if a device holds the whole denoiser (``whole_fits``).
+        Two pipelines (CFG lanes) where a call has two conditionings (``guided``) and the devices are even in number;
+        one component per pipeline only if a device holds the whole denoiser (``whole_fits``).
         """
         devices = len(self.devices)
         two = self.cfg_lanes != "off" and guided and devices % 2 == 0
@@ -116,8 +117,8 @@ class SplitPlan:
             two = False
         if devices < 2 * (max(1, self.degree) + self.stride - 1):
             two = False
-        lane = self.degree + self.stride - 1 if self.degree else devices // (2 if two else 1)
-        return [list(range(at * lane, (at + 1) * lane)) for at in range(2 if two else 1)]
+        each = self.degree + self.stride - 1 if self.degree else devices // (2 if two else 1)
+        return [list(range(at * each, (at + 1) * each)) for at in range(2 if two else 1)]
 
     @property
     def schedule(self) -> Mode:
@@ -126,19 +127,19 @@ class SplitPlan:
             return "asyncdiff"
         return "lookahead" if self.mode == "lookahead" else "exact"
 
-    def promise(self, steps: int, lanes: int, components: int, slowest: float) -> str:
-        """What may be expected of a run, in words for the user: so many ``lanes`` of ``components``, the slowest of
+    def promise(self, steps: int, pipelines: int, components: int, slowest: float) -> str:
+        """What may be expected of a run, in words for the user: so many ``pipelines`` of ``components``, the slowest of
         which takes this share of the time that the whole denoiser takes on one device."""
         if self.mode == "exact" or components == 1:
-            return f"at most {lanes:.2f}x, exact" if lanes > 1 else "no faster than one device, exact"
-        speed = lanes * self.ideal_speedup(steps, components, slowest)
+            return f"at most {pipelines:.2f}x, exact" if pipelines > 1 else "no faster than one device, exact"
+        speed = pipelines * self.ideal_speedup(steps, components, slowest)
         of = f"{steps} steps, {components} components, the slowest takes {slowest:.0%} of a step"
         said = f"at most {speed:.2f}x ({of})"
         return said if speed >= WORTH else f"{said}: not worth it here"
 
     def ideal_speedup(self, steps: int, components: int, slowest: float) -> float:
-        """Speed of one lane against one device, with the slowest of the components as in :meth:`promise`, if nothing
-        is rejected and links take no time."""
+        """Speed of one pipeline against one device, the slowest of the components as in :meth:`promise`, if nothing is
+        rejected and links take no time."""
         parts = [slowest, *[(1 - slowest) / (components - 1)] * (components - 1)]
         return steps / run_seconds(self.schedule, steps, parts, {}, Link(), warmup=self.warmup, stride=self.stride)
 

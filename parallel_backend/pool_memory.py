@@ -12,16 +12,16 @@ from .protocol import Cut, Loaded, Recipe
 @dataclass(frozen=True)
 class Held:
     """The weights in the ranks: a recipe's denoiser, how it is cut (None: each rank holds all of it), the ranks of each
-    lane, the patches in it, and what each rank said to hold (which does not count when two are compared)."""
+    pipeline, the patches in it, and what each rank said to hold (which does not count when two are compared)."""
 
     recipe: Recipe
     cut: Cut | None
-    lanes: list[list[int]]
+    pipelines: list[list[int]]
     patches_id: str
     parts: list[Loaded] = field(default_factory=list, compare=False)
 
     def same_but_for_patches(self, other: Held) -> bool:
-        return (self.recipe, self.cut, self.lanes) == (other.recipe, other.cut, other.lanes)
+        return (self.recipe, self.cut, self.pipelines) == (other.recipe, other.cut, other.pipelines)
 
 
 @dataclass

@@ -47,7 +47,7 @@ class Pending:
 
 
 @dataclass
-class Lane:
+class Pipeline:
     """One pipeline in one call: the ranks of its components in order, the rows that it evaluates."""
 
     ranks: list[int]
@@ -55,7 +55,7 @@ class Lane:
 
 
 class SplitDenoiser(RemoteDenoiser):
-    """Async UNet Split: each rank holds one component; with guidance, two lanes of components share the rows."""
+    """Async UNet Split: each rank holds one component; with guidance, two pipelines of components share the rows."""
 
     title = "Async UNet Split"
 
@@ -69,13 +69,13 @@ class SplitDenoiser(RemoteDenoiser):
         self._show = show
         self.plan = plan
         self._watched = Watched(recipe, plan.devices)
-        self._lanes: list[list[int]] = []
+        self._pipelines: list[list[int]] = []
         self._rests: dict[int, Pending] = {}
         self._forget_streams()
 
     def begin_run(self) -> None:
         super().begin_run()
-        self._lanes = []
+        self._pipelines = []
         self._forget_streams()
 
     def end_run(self) -> None:
@@ -89,7 +89,7 @@ class SplitDenoiser(RemoteDenoiser):
     @property
     def components(self) -> int:
         """Components of the pipeline that serves the run; 0 before its first evaluation."""
-        return self.plan.components(self._lanes[0]) if self._lanes else 0
+        return self.plan.components(self._pipelines[0]) if self._pipelines else 0
 
     def lookahead(self) -> tuple[Guard, Predictor] | None:
         """The schedule of lookahead in this run; None with a single component.
@@ -116,19 +116,19 @@ class SplitDenoiser(RemoteDenoiser):
 
         ``chunks`` say which conditioning each equal share of the rows belongs to. ``stream`` names the conditioning
         whose stale state may be used. ``times`` are the timesteps of the steps before and after this one, each as a
-        multiple of this one's. ``ahead`` marks a step to come in the report. ``together``: the rows stay on one lane.
-        Raises LeapfrogError.
+        multiple of this one's. ``ahead`` marks a step to come in the report. ``together``: the rows stay on one
+        pipeline. Raises LeapfrogError.
         """
         pool = self._ready_pool(tick)
         with pool.lock:
-            if not self._lanes:
-                self._lanes = self.plan.lanes(len(set(chunks)) > 1, self._whole_fits(pool, tick))
-            lanes = _lanes_of_call(self._lanes, first_tensor(x).shape[0], chunks, together)
-            payloads, out = self._write(pool, lanes, inputs, x, tick)
+            if not self._pipelines:
+                self._pipelines = self.plan.pipelines(len(set(chunks)) > 1, self._whole_fits(pool, tick))
+            pipelines = _pipelines_of_call(self._pipelines, first_tensor(x).shape[0], chunks, together)
+            payloads, out = self._write(pool, pipelines, inputs, x, tick)
             # what is asked meanwhile may take the place of the payloads, which no call holds yet
             if self._prepare(pool, payloads[0], patches, tick):
-                payloads, out = self._write(pool, lanes, inputs, x, tick)
-            return self._send(pool, lanes, payloads, out, x, stream, times, ahead, tick)
+                payloads, out = self._write(pool, pipelines, inputs, x, tick)
+            return self._send(pool, pipelines, payloads, out, x, stream, times, ahead, tick)
 
     def wait(self, pending: Sequence[Pending], tick: Tick) -> Pending:
         """The first of these evaluations that is ready. Raises LeapfrogError, or what ``tick`` raises."""
@@ -163,16 +163,18 @@ class SplitDenoiser(RemoteDenoiser):
         if self._pool and pending.last:
             self._pool.done(pending.call)
 
-    def _write(self, pool: Pool, lanes: list[Lane], inputs: Any, x: Any, tick: Tick) -> tuple[list[Payload], int]:
-        """What each lane gets, and where the room for outputs begins."""
-        room = room_for_output(x) * len(lanes) * self.plan.stride
+    def _write(
+        self, pool: Pool, pipelines: list[Pipeline], inputs: Any, x: Any, tick: Tick
+    ) -> tuple[list[Payload], int]:
+        """What each pipeline gets, and where the room for outputs begins."""
+        room = room_for_output(x) * len(pipelines) * self.plan.stride
         payload, out = pool.payload(inputs, tick, reserve=room, where="denoiser input")
-        if len(lanes) == 1:
+        if len(pipelines) == 1:
             return [payload], out
-        return rows_of(payload, Rows(inputs, first_tensor(x).shape[0]), [lane.rows for lane in lanes]), out
+        return rows_of(payload, Rows(inputs, first_tensor(x).shape[0]), [pipeline.rows for pipeline in pipelines]), out
 
     def _send(
-        self, pool: Pool, lanes: list[Lane], payloads: list[Payload], out: int, x: Any, stream: Hashable,
+        self, pool: Pool, pipelines: list[Pipeline], payloads: list[Payload], out: int, x: Any, stream: Hashable,
         times: Times, ahead: bool, tick: Tick,
     ) -> Pending:  # fmt: skip
         number, flow = self._watched.layout(pool, payloads[0]) if self.components > 1 else (0, None)
@@ -184,8 +186,8 @@ class SplitDenoiser(RemoteDenoiser):
         two_steps = not how.exact and self.plan.stride == 2
         room = room_for_output(x)
         messages = {}
-        for at, (lane, payload) in enumerate(zip(lanes, payloads, strict=True)):
-            for position, rank in enumerate(lane.ranks):
+        for at, (pipeline, payload) in enumerate(zip(pipelines, payloads, strict=True)):
+            for position, rank in enumerate(pipeline.ranks):
                 messages[rank] = Evaluate(
                     inputs=payload, out=out + room * (at * self.plan.stride + max(0, position - at_last)),
                     out_size=room, run=self._run, stream=how.stream, layout=number,
@@ -194,7 +196,7 @@ class SplitDenoiser(RemoteDenoiser):
                     time=self._time(times, how.exact, two_steps and position <= at_last),
                 )  # fmt: skip
         kind = "ahead" if ahead else "exact" if how.exact else "async"
-        finals = [lane.ranks[-1] for lane in lanes]
+        finals = [pipeline.ranks[-1] for pipeline in pipelines]
         sent_at = time.perf_counter()
         call = self._submit(pool, messages, payloads[0], kind, tick)
         pending = Pending(call, finals, first_tensor(x).shape, sent_at, not ahead)
@@ -202,7 +204,7 @@ class SplitDenoiser(RemoteDenoiser):
         if two_steps:
             pending.last = False
             self._rests[how.stream] = replace(
-                pending, finals=[lane.ranks[at_last] for lane in lanes], first=False, last=True
+                pending, finals=[pipeline.ranks[at_last] for pipeline in pipelines], first=False, last=True
             )
         if how.measure:
             pending.measured = lambda drift: self._streams.drifted(how, drift)
@@ -221,12 +223,14 @@ class SplitDenoiser(RemoteDenoiser):
         """Measure, cut and load what is not there yet; whether the pool was asked anything meanwhile."""
         assert self.report
         chosen, asked = self._chosen_cut(pool, payload, patches, tick) if self.components > 1 else (None, False)
-        wanted, held = Held(self.recipe, chosen and chosen.cut, self._lanes, patches.id), pool.memory.held
+        wanted, held = Held(self.recipe, chosen and chosen.cut, self._pipelines, patches.id), pool.memory.held
         if held is None or not held.same_but_for_patches(wanted):
             self._forget_streams()
-        self.report.loaded = self._load(pool, wanted.cut, self._lanes, patches, tick)
+        self.report.loaded = self._load(pool, wanted.cut, self._pipelines, patches, tick)
         if self.steps and not self.report.calls:
-            said = self.plan.promise(self.steps, len(self._lanes), self.components, chosen.slowest if chosen else 1.0)
+            said = self.plan.promise(
+                self.steps, len(self._pipelines), self.components, chosen.slowest if chosen else 1.0
+            )
             log.info("Leapfrog: %s: %s", self.title, said)
             self._show(f"{self.title}: {said}")
         return asked or held != wanted
@@ -234,19 +238,21 @@ class SplitDenoiser(RemoteDenoiser):
     def _chosen_cut(self, pool: Pool, payload: Payload, patches: Patches, tick: Tick) -> tuple[Chosen, bool]:
         """How to cut for these inputs: as before, if it was for the same, because a stale mode draws the same picture
         again only with the same cut; and whether the ranks were asked for it."""
-        purpose = (self.recipe, self._lanes, self.plan.balance, self.plan.cut)
+        purpose = (self.recipe, self._pipelines, self.plan.balance, self.plan.cut)
         chosen_for, chosen = pool.memory.cut
         if chosen_for != purpose:
             chosen = None
         at_start = not self.report or not self.report.calls
         starts = chosen is None or (at_start and self._watched.tells_times(payload))
-        traces, asked = self._watched.look(pool, payload, patches.shapes, None if starts else self._lanes[0][0], tick)
+        traces, asked = self._watched.look(
+            pool, payload, patches.shapes, None if starts else self._pipelines[0][0], tick
+        )
         if chosen and chosen.cut.units != self._watched.units:
             starts, chosen = True, None
             traces, asked = self._watched.look(pool, payload, patches.shapes, None, tick)
         if starts:
             try:
-                chosen = choose_cut(traces, self._lanes, self.plan, chosen and chosen.cut)
+                chosen = choose_cut(traces, self._pipelines, self.plan, chosen and chosen.cut)
             except LeapfrogError:
                 if not self.plan.cut.strip():
                     self._watched.forget()  # it says how much memory was free then
@@ -256,15 +262,16 @@ class SplitDenoiser(RemoteDenoiser):
         return chosen, asked
 
 
-def _lanes_of_call(lanes: list[list[int]], rows: int, chunks: Sequence[int], together: bool) -> list[Lane]:
-    """How a call's rows spread: half of its chunks to each of two lanes, the odd one to the first, where a lane is one
-    component; a single chunk to its conditioning's lane.
+def _pipelines_of_call(pipelines: list[list[int]], rows: int, chunks: Sequence[int], together: bool) -> list[Pipeline]:
+    """How a call's rows spread: half of its chunks to each of two pipelines, the odd one to the first, where a pipeline
+    is one component; a single chunk to its conditioning's pipeline.
 
     They stay ``together`` where something inside the denoiser mixes them.
     """
-    alike = len(chunks) % len(lanes) == 0 or len(lanes[0]) == 1  # what flows between components is for one number
-    if len(lanes) == 1 or together or len(chunks) < len(lanes) or not alike:
-        ranks = lanes[chunks[0] % len(lanes)] if len(chunks) == 1 else lanes[0]
-        return [Lane(ranks, (0, rows))]
-    ends = [rows // len(chunks) * -(-len(chunks) * at // len(lanes)) for at in range(len(lanes) + 1)]
-    return [Lane(ranks, (begin, end)) for ranks, begin, end in zip(lanes, ends[:-1], ends[1:], strict=True)]
+    # what flows between components is for one number of rows
+    alike = len(chunks) % len(pipelines) == 0 or len(pipelines[0]) == 1
+    if len(pipelines) == 1 or together or len(chunks) < len(pipelines) or not alike:
+        ranks = pipelines[chunks[0] % len(pipelines)] if len(chunks) == 1 else pipelines[0]
+        return [Pipeline(ranks, (0, rows))]
+    ends = [rows // len(chunks) * -(-len(chunks) * at // len(pipelines)) for at in range(len(pipelines) + 1)]
+    return [Pipeline(ranks, (begin, end)) for ranks, begin, end in zip(pipelines, ends[:-1], ends[1:], strict=True)]

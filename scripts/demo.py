@@ -30,6 +30,7 @@ from pack import BUILD, ROOT, add_comfyui, load_pack
 GRAPHS = ROOT / "tests" / "graphs"
 OUT = BUILD / "demo"
 WARMUP = 3  # of Split; ParaStep finds its own
+MOST = 4  # ranks: the small model has no more than eight units
 LANES = 2  # of ParaStep: by default it would give two devices a prompt each, as the row "Split, CFG lanes" shows
 BATCH = 4  # pictures per prompt: a step of the small model takes long enough for its cost to be the denoiser's
 CAPTIONS = (  # none of them was in the training set
@@ -203,8 +204,9 @@ def main() -> int:
     where = f"CPU, {os.cpu_count()} cores, one thread for ComfyUI and for each rank"
     devices, ranks, flags = "cpu,cpu", 2, ["--cpu"]
     if gpus:
-        where = f"{gpus} GPUs"
-        devices, ranks, flags = "auto", gpus, []
+        ranks, flags = min(gpus, MOST), []
+        where = f"{ranks} GPUs"
+        devices = ",".join(map(str, range(ranks)))
     if gpus == 1:
         where = "two ranks share one GPU, which makes nothing faster (scripts/demo.py --cpu uses the CPU)"
         devices, ranks = "0,0", 2

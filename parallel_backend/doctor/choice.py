@@ -72,10 +72,12 @@ def _split_text(plan: SplitPlan) -> list[str]:
 
 
 def _pipelines(plan: SplitPlan, guided: bool) -> str:
-    lanes = plan.lanes(guided, whole_fits=True)
-    each = len(lanes[0])
+    pipelines = plan.pipelines(guided, whole_fits=True)
+    each = len(pipelines[0])
     parts = "the whole denoiser" if each == 1 else f"{each} components of it, a device each"
-    return f"prompt and negative prompt apart, each on {parts}" if len(lanes) == 2 else f"one pipeline of {each} parts"
+    return (
+        f"prompt and negative prompt apart, each on {parts}" if len(pipelines) == 2 else f"one pipeline of {each} parts"
+    )
 
 
 def settings(sheet: Sheet) -> bool:

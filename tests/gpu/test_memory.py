@@ -41,7 +41,7 @@ def test_what_a_server_s_ranks_took_is_given_back(graph: Callable[[str], Any], t
 def test_a_rank_without_memory_is_comfyui_s_own_out_of_memory(mode: str):
     model = split(load("flux"), mode=mode)
     generate(model, Request())
-    large = Request(size=128, batch=8, steps=2)
+    large = Request(size=128, batch=16, steps=2)
     assert distance(generate(model, large), reference(large)) < (EXACT if mode == "exact" else 1)
     supervisor.close_all()  # with what their allocators hold
     generate(model, Request())

@@ -63,7 +63,7 @@ def test_what_is_advised_can_be_done(facts: Facts, steps: int, conditionings: in
         assert advice.speed == pytest.approx(steps * facts.whole(conditionings) / advice.seconds)
         assert plan is None or set(plan.devices) <= set(CPUS)
         if isinstance(plan, SplitPlan):
-            lanes = plan.lanes(conditionings > 1, whole_fits=True)
+            lanes = plan.pipelines(conditionings > 1, whole_fits=True)
             assert sorted(rank for lane in lanes for rank in lane) == list(range(len(plan.devices)))
     first = found[0]
     if wish != "least memory":

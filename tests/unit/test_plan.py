@@ -133,7 +133,7 @@ def test_conditionings_get_a_lane_each_before_the_pipeline_gets_deeper(
     components: int, cfg_lanes: str, guided: bool, fits: bool, lanes: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(plan, "this_machine", lambda: Machine(cuda=4, cores=8))
-    assert SplitPlan.choose("auto", components, cfg_lanes).lanes(guided, fits) == lanes
+    assert SplitPlan.choose("auto", components, cfg_lanes).pipelines(guided, fits) == lanes
 
 
 def test_a_single_device_is_a_plan_of_one():
@@ -144,5 +144,5 @@ def test_a_single_device_is_a_plan_of_one():
 
 def test_a_denoiser_too_large_for_one_of_two_devices_is_cut():
     chosen = SplitPlan.choose("cpu,cpu", 0)
-    assert chosen.lanes(guided=True, whole_fits=True) == [[0], [1]]
-    assert chosen.lanes(guided=True, whole_fits=False) == [[0, 1]]
+    assert chosen.pipelines(guided=True, whole_fits=True) == [[0], [1]]
+    assert chosen.pipelines(guided=True, whole_fits=False) == [[0, 1]]
