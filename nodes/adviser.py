@@ -14,6 +14,7 @@ from ..parallel_backend import LanesPlan, LeapfrogError, Recipe, SplitPlan, Surv
 from .node_text import DEVICES, teller
 from .ranks_memory import LanesMemory
 from .recipe import comfy_host, own_device, weight_bytes
+from .remote_forward import of_coupled_rows
 from .rounds_sampler import RoundsSampler
 from .standin import StandInPatcher
 
@@ -86,7 +87,9 @@ class SurveySampler(RoundsSampler):
     def memory_for(self, patcher: Any, recipe: Recipe) -> LanesMemory:
         size = weight_bytes(patcher.model.diffusion_model)
         sound = "Audio" in type(patcher.model.latent_format).__name__
-        return LanesMemory(patcher, Survey(self.plan.devices, recipe, comfy_host(), size, sound=sound))
+        coupled = of_coupled_rows(patcher.model.diffusion_model)
+        survey = Survey(self.plan.devices, recipe, comfy_host(), size, sound=sound, coupled=coupled)
+        return LanesMemory(patcher, survey)
 
 
 def measured(model: Any, positive: Any, latent_image: dict[str, Any], devices: str) -> Survey:

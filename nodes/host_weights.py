@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -44,13 +45,14 @@ def _refuse_second_split(guider: Any) -> None:
         getattr(getattr(guider, name, None), "model", None) for name in ("model_patcher", "uncond_model_patcher")
     )
     first, second = (getattr(model, "__dict__", {}).get("leapfrog") for model in (one, other))
-    if not first or not second or not set(first.devices) & set(second.devices):
+    if not first or not second or not set(first.devices) & set(second.devices) or math.isclose(guider.cfg, 1.0):
         return
-    if (first.devices, first.recipe) != (second.devices, second.recipe):
+    alike = (first.plan, first.recipe) == (second.plan, second.recipe) and first.plan.mode in ("lookahead", "exact")
+    if first is not second and not alike:
         raise LeapfrogError.of(
             "unsupported_patch",
-            "This guider's two models are both split and share devices, so at every step the ranks would read the file "
-            "of one in place of the other's. Split one of them, or give each devices of its own.",
+            "This guider's two models are both split and share devices: at every step the ranks would hold one after "
+            "the other. Split one of them, or give each devices of its own.",
         )
 
 

@@ -51,7 +51,6 @@ class RoundsSampler(AheadSampler):
         self.plan = plan
         self._tell = tell
         self._memory: LanesMemory | None = None
-        self._pictures = 1
         self._notes: list[str] = []
 
     @property
@@ -65,7 +64,6 @@ class RoundsSampler(AheadSampler):
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model
         denoiser = self._denoiser_for(guider, x)
-        self._pictures = len(x)
         args = extra_args or {}
         base = guider.inner_model
         twin = remote_twin(base, copy.copy(base.diffusion_model), denoiser)
@@ -109,7 +107,7 @@ class RoundsSampler(AheadSampler):
             kept = Path(folder_paths.get_user_directory()) / "leapfrog" / "calibration.json"
             plan = plan.calibrated(kept, denoiser.recipe, name, short, self._tell)
             self.note(f"drift bound {plan.bound:.2g} for this model")
-        self._tell(f"ParaStep: {plan.promise(steps, conditionings, self._pictures)}")
+        self._tell(f"ParaStep: {plan.promise(steps, conditionings, denoiser.pictures)}")
         return plan.schedule(conditionings)
 
     def note(self, text: str) -> None:

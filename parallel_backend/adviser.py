@@ -41,6 +41,7 @@ class Facts:
     ``shared`` are the bytes of weights outside the units, ``host`` the seconds from the host to a rank and back,
     ``free`` the bytes of memory that each device can give, None where nobody counts. ``batch`` is how many pictures a
     conditioning has, which ParaStep may spread. ``sound``: it makes sound, for which fidelity is another.
+    ``coupled``: the rows of an evaluation cannot be divided.
     """
 
     units: tuple[Unit, ...]
@@ -53,6 +54,7 @@ class Facts:
     free: int | None = None
     batch: int = 1
     sound: bool = False
+    coupled: bool = False
 
     def whole(self, conditionings: float) -> float:
         """Seconds of a whole evaluation of so many conditionings, on the line through those of one and of two."""
@@ -174,13 +176,13 @@ def _plans(facts: Facts, steps: int, conditionings: int, devices: tuple[str, ...
     if facts.room is None or facts.nbytes <= facts.room:
         yield Advice(None, alone, 1.0, facts.nbytes, math.inf)
         for count in range(1, len(devices) + 1):
-            for plan, fidelity in _lanes_plans(devices[:count], conditionings * facts.batch):
+            for plan, fidelity in _lanes_plans(devices[:count], 1 if facts.coupled else conditionings * facts.batch):
                 known = expected(fidelity, plan.lanes, steps, facts.sound)
                 seconds = lanes_seconds(facts, plan, steps, conditionings)
                 seconds *= known.longer if known and plan.lanes > 1 else 1.0
                 decibels = math.inf if plan.lanes == 1 else known.decibels if known else None
                 yield Advice(plan, seconds, alone / seconds, facts.nbytes, decibels, fidelity)
-    for plan in _split_plans(devices, conditionings, len(facts.units)):
+    for plan in _split_plans(devices, 1 if facts.coupled else conditionings, len(facts.units)):
         try:
             seconds, nbytes = split_seconds(facts, plan, steps, conditionings)
         except ValueError:  # no cut fits the devices
@@ -223,6 +225,11 @@ def _split_plans(devices: tuple[str, ...], conditionings: int, units: int) -> It
 
 def lanes_seconds(facts: Facts, plan: LanesPlan, steps: int, conditionings: int) -> float:
     """Seconds of a run if nothing is rejected."""
+    if facts.coupled:
+        whole = facts.whole(conditionings)
+        return rounds_seconds(
+            plan.rounds(steps, 1), 1, len(plan.devices), lambda calls: calls * whole, host=facts.host, crowd=facts.crowd
+        )
     return rounds_seconds(
         plan.rounds(steps, conditionings), conditionings * facts.batch, len(plan.devices),
         lambda rows: facts.whole(rows / facts.batch), host=facts.host, crowd=facts.crowd,

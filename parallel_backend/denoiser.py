@@ -261,7 +261,7 @@ def first_tensor(x: Any) -> torch.Tensor:
 
 
 def joined(parts: list[Any]) -> Any:
-    """One output of several pipelines' outputs, row by row."""
+    """One output of several ranks' outputs, row by row."""
     if len(parts) == 1:
         return parts[0]
     if isinstance(parts[0], torch.Tensor):

@@ -60,14 +60,14 @@ class LanesDenoiser(RemoteDenoiser):
 
     def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost, nbytes: int = 0):
         super().__init__(devices, recipe, host, nbytes)
-        self.conditionings = 1
+        self.conditionings = self.pictures = 1
         self._run = 0
         self._unsent: list[LaneEvaluation] = []
         self._patches = Patches()
 
     def begin_run(self) -> None:
         super().begin_run()
-        self.conditionings = 1
+        self.conditionings = self.pictures = 1
         self._unsent.clear()
         self._run = time.monotonic_ns()
 
@@ -84,14 +84,17 @@ class LanesDenoiser(RemoteDenoiser):
         ``alone``: not in one batch with other evaluations. Each conditioning has the rows of so many ``lanes``.
 
         Tensors in ``inputs`` whose first dimension is the number of rows, or of groups, are spread with them; the rest
-        goes to all. ``conditionings`` is how many the calls of the run have had, at most.
+        goes to all. ``conditionings`` is how many the calls of the run have had that can be spread, at most, and
+        ``pictures`` how many pictures each of them has.
         """
         if self._unsent and patches.id != self._patches.id:
             self.flush(tick)
         self._patches = patches
         rows = Rows(inputs, first_tensor(x).shape[0], group, alone)
         chunks = rows.chunks
-        self.conditionings = max(self.conditionings, len(chunks))
+        groups = rows.count // rows.group
+        self.conditionings = max(self.conditionings, min(len(chunks), groups))
+        self.pictures = max(self.pictures, groups // len(chunks))
         if lanes > 1:
             rows.inputs = with_chunks(inputs, [chunk for chunk in chunks for _ in range(lanes)])
         evaluation = LaneEvaluation(x, rows, lanes)

@@ -140,7 +140,7 @@ class SplitPlan:
     def ideal_speedup(self, steps: int, components: int, slowest: float) -> float:
         """Speed of one pipeline against one device, the slowest of the components as in :meth:`promise`, if nothing is
         rejected and links take no time."""
-        parts = [slowest, *[(1 - slowest) / (components - 1)] * (components - 1)]
+        parts = [slowest, *[(1 - slowest) / max(1, components - 1)] * (components - 1)]
         return steps / run_seconds(self.schedule, steps, parts, {}, Link(), warmup=self.warmup, stride=self.stride)
 
     def check(self, denoiser: Any) -> None:

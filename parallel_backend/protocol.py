@@ -137,7 +137,7 @@ class Cut(msgspec.Struct, frozen=True):
 class Load(HostMessage):
     """Hold one component of the recipe's denoiser, or all of it where there is no ``cut``.
 
-    ``peers`` are the ranks that hold the components of this lane, in order. ``patches`` is the tree that
+    ``peers`` are the ranks that hold the components of this pipeline, in order. ``patches`` is the tree that
     nodes/recipe.py writes.
     """
 

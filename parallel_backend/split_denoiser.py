@@ -122,7 +122,8 @@ class SplitDenoiser(RemoteDenoiser):
         pool = self._ready_pool(tick)
         with pool.lock:
             if not self._pipelines:
-                self._pipelines = self.plan.pipelines(len(set(chunks)) > 1, self._whole_fits(pool, tick))
+                guided = len(set(chunks)) > 1 and not together
+                self._pipelines = self.plan.pipelines(guided, self._whole_fits(pool, tick))
             pipelines = _pipelines_of_call(self._pipelines, first_tensor(x).shape[0], chunks, together)
             payloads, out = self._write(pool, pipelines, inputs, x, tick)
             # what is asked meanwhile may take the place of the payloads, which no call holds yet
@@ -136,7 +137,7 @@ class SplitDenoiser(RemoteDenoiser):
         try:
             call = self._wait([one.call for one in pending], sorted(finals), [one.size for one in pending], tick)
         except LeapfrogError as error:
-            if error.report.code == "layout_changed":
+            if error.report.code in ("layout_changed", "rank_error"):  # the one may be heard as the other
                 self._watched.forget()
             raise
         return next(one for one in pending if one.call is call)

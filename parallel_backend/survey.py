@@ -42,11 +42,12 @@ class Survey(LanesDenoiser):
     title = "Leapfrog Adviser"
     WISHES: ClassVar = WISHES
 
-    def __init__(self, *args: Any, sound: bool = False, **options: Any):
-        """``sound``: the denoiser makes sound. The other arguments are those of a LanesDenoiser."""
+    def __init__(self, *args: Any, sound: bool = False, coupled: bool = False, **options: Any):
+        """``sound``, ``coupled``: see :class:`adviser.Facts`. The other arguments are those of a LanesDenoiser."""
         super().__init__(*args, **options)
         self.facts: Facts | None = None
         self._sound = sound
+        self._coupled = coupled
 
     def advise(self, steps: int, conditionings: int, wish: str) -> list[Advice]:
         """What to take on these devices, best first; see :func:`adviser.advise`.
@@ -116,6 +117,7 @@ class Survey(LanesDenoiser):
             free=min((free for free in pool.free(tick) if free is not None), default=None),
             batch=call.count // call.group,
             sound=self._sound,
+            coupled=self._coupled,
         )
 
     def _trace(

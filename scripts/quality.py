@@ -18,6 +18,7 @@ import argparse
 import math
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -134,6 +135,7 @@ class Work:
         if options.only.pattern:  # the tables' own words go on
             rows = merged(read(options.out / f"{name}.csv"), rows)
             about, command = about_and_command(options.out / f"{name}.md")
+            about += f"; since then `{options.command}`"
         write(options.out, name, facts.title, about, command, sorted(rows, key=place))
         write_summary(options.out)
 
@@ -211,7 +213,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=cores(), help="worker processes, each with up to 5 GB of ranks")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "quality")
     options = parser.parse_args()
-    options.command = " ".join(["python scripts/quality.py", *sys.argv[1:]])
+    options.command = shlex.join(["python", "scripts/quality.py", *sys.argv[1:]])
+    for model in options.models if options.only.pattern else ():
+        about, _ = about_and_command(options.out / f"{model}-{options.sampler}.md")
+        if not about.startswith(f"{options.samples} samples"):
+            parser.error(f"the table of {model} is of {about.partition(',')[0]}")
     os.environ["OMP_NUM_THREADS"] = "1"  # before workers load any library that reads it
     with (
         tempfile.TemporaryDirectory() as folder,

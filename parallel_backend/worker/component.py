@@ -55,7 +55,7 @@ class Layout:
 class Component:
     """Units ``bounds[position]`` of a denoiser. ``forward`` is the denoiser's, units tapped and absences answered.
 
-    ``peers`` are the ranks of this lane.
+    ``peers`` are the ranks of this pipeline.
     """
 
     def __init__(
@@ -158,6 +158,8 @@ class Component:
                 pass
             if is_unknown(result):
                 raise LeapfrogError.of("layout_changed", "The denoiser's result reads more than when it was looked at.")
+        for unit in {unit for wanted in now.sends.values() for unit in wanted} - self._made.keys():
+            raise LeapfrogError.of("layout_changed", f"Unit {unit} of the denoiser ran when it was looked at.")
         for other, wanted in now.sends.items():
             self._links.send(self._peers[other], [t for u in wanted for t in _as_in_memory(now, u, self._made[u])])
         self._answers, self._made = {}, {}

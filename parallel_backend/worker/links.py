@@ -103,7 +103,10 @@ class Links:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout, device_id=bound)
         # All are connected to the store, and with gloo to each other. NCCL may connect later; it lets in who knows the
         # number of its communicator.
-        shut_doors(0 if backend == "gloo" else store.port)
+        if backend == "gloo":
+            shut_doors()
+        elif rank == 0:
+            shut_doors(store.port)
 
     def begin(self) -> None:
         """Forget what was sent and waited for."""

@@ -121,6 +121,9 @@ def test_rows_that_change_each_other_are_evaluated_together():
     lanes = split(model, components=1, mode="exact", cfg_lanes="on")
     for ours, sampler in ((model, parastep(1)), (lanes, "euler"), (split(model, mode="exact"), "euler")):
         assert distance(families.sample(ours, family, batch=2, cfg=3.0, sampler=sampler), theirs) < EXACT
+    cut = split(model, components=0, mode="exact")
+    assert distance(families.sample(cut, family, batch=2, cfg=3.0), theirs) < EXACT
+    assert len(in_ranks().pipelines[0]) == 2, "two devices are not left to one prompt each"
     two, one = (families.sample(model, family, steps=6, cfg=1.0, sampler=parastep(2, ranks=n)) for n in (2, 1))
     assert distance(one, two) < EXACT, "steps at once on one rank do not share a call"
 

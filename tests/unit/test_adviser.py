@@ -186,6 +186,16 @@ def test_sound_is_another_matter():
     assert closeness(False) == fidelity.TABLE["balanced", 2][20].decibels
 
 
+def test_rows_that_cannot_be_divided_have_no_lanes_of_their_own():
+    """ACE-Step 1.5: with CFG, too, one device evaluates both prompts."""
+    found = advise(chain(one=1.0, two=2.0, coupled=True), 20, 2, CPUS[:2], "fastest")
+    exact = [one for one in found if one.exact and one.plan]
+    assert exact
+    assert all(one.speed <= 1.001 for one in exact), "nothing exact is faster than one device"
+    two = next(one for one in found if isinstance(one.plan, LanesPlan) and one.plan.lanes == 2)
+    assert 1.2 < two.speed < 2
+
+
 def test_where_nothing_was_rejected_a_run_takes_no_longer():
     for kind, degree, steps in (("lookahead", 2, 50), ("asyncdiff", 4, 30), ("balanced", 2, 50)):
         found = fidelity.expected(kind, degree, steps)

@@ -77,7 +77,7 @@ def test_one_gpu_serves_several_ranks_only_when_told_so(monkeypatch: pytest.Monk
         (lambda: SplitPlan(("cpu", "cpu"), bound=0), "drift_bound 0"),
         (lambda: SplitPlan(("cpu", "cpu"), mode="sync"), "mode 'sync' is not one of lookahead, asyncdiff"),
         (lambda: SplitPlan(("cpu", "cpu"), cfg_lanes="maybe"), "cfg_lanes 'maybe' is not one of auto, on, off"),
-        (lambda: SplitPlan(("cpu",) * 3, cfg_lanes="on"), "two lanes need an even number of devices, not 3"),
+        (lambda: SplitPlan(("cpu",) * 3, cfg_lanes="on"), "two pipelines need an even number of devices, not 3"),
         (lambda: LanesPlan(("cpu",), -1, 1), "lanes -1, warmup_steps 1"),
         (lambda: LanesPlan(("cpu",), 2, -1), "lanes 2, warmup_steps -1"),
         (lambda: LanesPlan(("cpu",), 2, 1, bound=0), "drift_bound 0"),

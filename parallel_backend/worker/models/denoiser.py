@@ -70,7 +70,6 @@ class HeldDenoiser:
     def inputs(self, tree: tuple[Any, Any], time: float = 1.0) -> tuple[Any, Any]:
         """The forward's (args, kwargs) on this device, its timesteps multiplied with ``time``."""
         args, kwargs = forward_inputs(tree, self._device, self.patcher.model.get_dtype_inference(), time)
-        if self.component:
-            forget_calls(self.denoiser)
+        forget_calls(self.denoiser)
         self._options = kwargs["transformer_options"]
         return args, kwargs

@@ -27,8 +27,9 @@ class Absence(torch.nn.Module):
 
 
 def forget_calls(denoiser: torch.nn.Module) -> None:
-    """Have a denoiser compute anew what it keeps from call to call (HiDream-O1: keys and values of the text): a rank
-    that has some of its layers has no true values of the others."""
+    """Have a denoiser compute anew what it keeps from call to call (HiDream-O1: keys and values of the text and of
+    references): a rank that has some of its layers has no true values of the others, and it knows references by the
+    identity of tensors, of which ranks make new ones at every call."""
     if hasattr(denoiser, "clear_kv_cache"):
         denoiser.clear_kv_cache()  # pyright: ignore[reportCallIssue]
 
