@@ -218,6 +218,7 @@ def main() -> int:
         about, _ = about_and_command(options.out / f"{model}-{options.sampler}.md")
         if not about.startswith(f"{options.samples} samples"):
             parser.error(f"the table of {model} is of {about.partition(',')[0]}")
+    os.environ.setdefault("LEAPFROG_START_TIMEOUT", "1800")  # many ranks start at once on few cores
     os.environ["OMP_NUM_THREADS"] = "1"  # before workers load any library that reads it
     with (
         tempfile.TemporaryDirectory() as folder,
