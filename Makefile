@@ -6,6 +6,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 endif
 
 UNDISTURBED := tests/multirank tests/unit
+PROFILES := $(patsubst %,build/simulate/%.json,sd15 sd21 sdxl)
 HAS_GPU = $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
 .PHONY: demo test test-gpu lint bench bench-all quality quality-all families faults soak fuzz setup clean distclean
@@ -31,16 +32,19 @@ lint: setup
 bench: setup  ## speed on a denoiser heavy enough to tell
 	@$(BIN)/python scripts/bench.py
 
-bench-all: setup  ## every measured table of speed in docs/results.md, and the simulated ones: an hour of a machine left alone
+bench-all: setup  ## the measured tables of speed in docs/results.md, and the simulated ones: more than an hour of a machine left alone
 	@$(BIN)/python scripts/bench.py
-	@$(BIN)/python scripts/bench.py --ranks 4 --repeat 1
 	@$(BIN)/python scripts/bench.py --model sd21 --repeat 1
+	@$(BIN)/python scripts/bench.py --only "2 lanes" --steps 50 --repeat 1
 	@$(BIN)/python scripts/bench.py --scaling --steps 8
+	@$(BIN)/python scripts/bench.py --ranks 3 --repeat 1
+	@$(BIN)/python scripts/bench.py --ranks 4 --repeat 1
 	@$(BIN)/python scripts/bench.py --batch --size 32 --steps 10 --warmup 1 --repeat 1
+	@$(BIN)/python scripts/bench.py --batch --size 64 --steps 10 --warmup 1 --repeat 1 --only 512x512
 	@$(BIN)/python scripts/validate.py --repeat 2
 	@$(BIN)/python scripts/simulate.py --profile sd15 sd21 sdxl --device cpu
-	@$(BIN)/python scripts/simulate.py build/simulate/sd15.json build/simulate/sd21.json build/simulate/sdxl.json
-	@$(BIN)/python scripts/simulate.py build/simulate/sd15.json build/simulate/sd21.json build/simulate/sdxl.json --by-link
+	@$(BIN)/python scripts/simulate.py $(PROFILES)
+	@$(BIN)/python scripts/simulate.py $(PROFILES) --by-link --devices 2 4
 
 quality-all: setup  ## every table of docs/quality: some eight hours of two cores
 	@$(BIN)/python scripts/quality.py

@@ -112,11 +112,8 @@ def per_row(options: dict[str, Any], rows: int) -> dict[str, Any]:
 def of_one_sigma(dm: torch.nn.Module, options: dict[str, Any]) -> bool:
     """Whether all rows of a call must have the same sigma: something in the denoiser reads it off one of them."""
     inside = options.get("inside_patches", {}).get("reads", ())
-    return (
-        type(dm).__name__ in (*OF_ONE_SIGMA, *OF_COUPLED_ROWS)
-        or getattr(dm, "time_r_in", None) is not None
-        or "sigmas" in inside
-    )
+    named = type(dm).__name__ in OF_ONE_SIGMA or of_coupled_rows(dm)
+    return named or getattr(dm, "time_r_in", None) is not None or "sigmas" in inside
 
 
 def of_coupled_rows(dm: torch.nn.Module) -> bool:

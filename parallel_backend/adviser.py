@@ -61,6 +61,14 @@ class Facts:
         one, two = (sum(unit.seconds[at] for unit in self.units) + self.stem[at] + self.head[at] for at in (0, 1))
         return max(one + (conditionings - 1) * (two - one), min(conditionings, 1.0) * one)
 
+    def parts(self, conditionings: int) -> int:
+        """What devices can share of an evaluation: its rows, or it as a whole."""
+        return 1 if self.coupled else conditionings * self.batch
+
+    def seconds(self, parts: int, conditionings: int) -> float:
+        """A device's seconds for so many parts of evaluations of so many conditionings."""
+        return parts * self.whole(conditionings) if self.coupled else self.whole(parts / self.batch)
+
     @property
     def nbytes(self) -> int:
         """Of all weights."""
@@ -176,7 +184,7 @@ def _plans(facts: Facts, steps: int, conditionings: int, devices: tuple[str, ...
     if facts.room is None or facts.nbytes <= facts.room:
         yield Advice(None, alone, 1.0, facts.nbytes, math.inf)
         for count in range(1, len(devices) + 1):
-            for plan, fidelity in _lanes_plans(devices[:count], 1 if facts.coupled else conditionings * facts.batch):
+            for plan, fidelity in _lanes_plans(devices[:count], facts.parts(conditionings)):
                 known = expected(fidelity, plan.lanes, steps, facts.sound)
                 seconds = lanes_seconds(facts, plan, steps, conditionings)
                 seconds *= known.longer if known and plan.lanes > 1 else 1.0
@@ -225,14 +233,9 @@ def _split_plans(devices: tuple[str, ...], conditionings: int, units: int) -> It
 
 def lanes_seconds(facts: Facts, plan: LanesPlan, steps: int, conditionings: int) -> float:
     """Seconds of a run if nothing is rejected."""
-    if facts.coupled:
-        whole = facts.whole(conditionings)
-        return rounds_seconds(
-            plan.rounds(steps, 1), 1, len(plan.devices), lambda calls: calls * whole, host=facts.host, crowd=facts.crowd
-        )
     return rounds_seconds(
-        plan.rounds(steps, conditionings), conditionings * facts.batch, len(plan.devices),
-        lambda rows: facts.whole(rows / facts.batch), host=facts.host, crowd=facts.crowd,
+        plan.rounds(steps, 1 if facts.coupled else conditionings), facts.parts(conditionings), len(plan.devices),
+        lambda parts: facts.seconds(parts, conditionings), host=facts.host, crowd=facts.crowd,
     )  # fmt: skip
 
 

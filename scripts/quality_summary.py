@@ -85,8 +85,9 @@ def ranges(runs: Sequence[Sequence[Row]], of: int) -> list[str]:
         speeds, closeness, ahead, gained, lost, fewer_lost = [], [], [], [], [], []
         for run in runs:
             rows = [row for row in run if row.of == of]
-            own, theirs = _one(way, degree, rows), _one(PUBLISHED[way.partition(",")[0]], degree, rows)
-            alone = _one("ComfyUI alone", None, rows)
+            own, theirs = _find(way, degree, rows), _find(PUBLISHED[way.partition(",")[0]], degree, rows)
+            alone = _find("ComfyUI alone", None, rows)
+            assert own and theirs and alone
             speeds.append(own.speed)
             closeness.append(own.psnr)
             ahead.append(own.psnr - theirs.psnr)
@@ -96,18 +97,15 @@ def ranges(runs: Sequence[Sequence[Row]], of: int) -> list[str]:
                 fewer_lost.append(alone.converged - max(row.converged for row in fewer))
         name = f"{way.replace('ParaStep, ', 'ParaStep *')}*" if "," in way else way
         what = f"{degree} {'components' if way == 'lookahead' else 'lanes'}"
-        others = (_span(values) for values in (closeness, ahead, gained, lost, fewer_lost))
-        text.append(line([f"{name}, {what}", _span(speeds, 2, "x"), *others]))
+        others = (span(values) for values in (closeness, ahead, gained, lost, fewer_lost))
+        text.append(line([f"{name}, {what}", span(speeds, 2, "x"), *others]))
     return text
 
 
-def _span(values: Sequence[float], digits: int = 1, unit: str = "") -> str:
+def span(values: Sequence[float], digits: int = 1, unit: str = "") -> str:
+    """The least and the most of them."""
     least, most = (f"{value:.{digits}f}" for value in (min(values), max(values)))
     return f"{least}{unit}" if least == most else f"{least} to {most}{unit}"
-
-
-def _one(way: str, degree: int | None, rows: Sequence[Row]) -> Row:
-    return next(row for row in rows if (row.mode, row.degree) == (way, degree))
 
 
 def _fewer(rows: Sequence[Row], speed: float) -> list[Row]:
@@ -119,7 +117,7 @@ def sampler_of(name: str) -> str:
     return name.partition("-")[2]
 
 
-def _find(way: str, degree: int, rows: Sequence[Row]) -> Row | None:
+def _find(way: str, degree: int | None, rows: Sequence[Row]) -> Row | None:
     return next((row for row in rows if (row.mode, row.degree) == (way, degree)), None)
 
 

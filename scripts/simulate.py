@@ -22,7 +22,7 @@ import sys
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bench import keep_memory
 from pack import BUILD, add_comfyui, has_gpu, load_pack
@@ -73,6 +73,22 @@ PUBLISHED_SETS = {
 }
 
 
+class Way(NamedTuple):
+    """A way to use several devices: a split, with ``lanes`` in two pipelines of half the rows each."""
+
+    mode: str
+    components: int
+    stride: int
+    lanes: bool
+    warmup: int
+
+    @property
+    def cells(self) -> str:
+        """Mode and warm-up."""
+        way = f"{self.mode}, {'CFG lanes x ' if self.lanes else ''}N={self.components}"
+        return f"{way}{', S=2' if self.stride == 2 else ''} | {'all' if self.mode == 'exact' else self.warmup}"
+
+
 class Simulation:
     """One profile, its times scaled so that the whole denoiser takes ``step_seconds`` (None: as measured).
 
@@ -111,17 +127,19 @@ class Simulation:
         fixed = {"stem": self.stem, "head": self.head}
         return partition(self.costs, components, **fixed, nbytes=self.weights, limits=limits)
 
-    def speed(self, mode: str, components: int, link: Any, host: float, **changes: Any) -> tuple[float, float]:
-        """``(speed against one device, bytes between devices per evaluation)`` at the fastest cut."""
+    def speed(self, way: Way, link: Any, host: float, half: float) -> tuple[float, float]:
+        """``(speed against one device, bytes between devices per evaluation)`` at the fastest cut; ``half`` is the time
+        of half the rows as a share of that of all."""
         from leapfrog.parallel_backend.schedules.partition import component_seconds
         from leapfrog.parallel_backend.schedules.simulate import crossing, run_seconds
 
-        bounds = self.bounds(components)
+        bounds = self.bounds(way.components)
         traffic = crossing(self.outputs, self.needs, bounds)
         seconds: Any = run_seconds
         took = seconds(
-            mode, STEPS, component_seconds(self.costs, bounds, head=self.head), traffic, link,
-            stem=self.stem, host=host, **changes,
+            way.mode, STEPS, component_seconds(self.costs, bounds, head=self.head), traffic, link,
+            stem=self.stem, host=host, warmup=way.warmup, stride=way.stride,
+            row_scale=half if way.lanes else 1.0, row_bytes=0.5 if way.lanes else 1.0,
         )  # fmt: skip
         return STEPS * self.whole / took, sum(traffic.values())
 
@@ -186,17 +204,13 @@ def tables(simulations: list[tuple[Simulation, Simulation]], options: argparse.N
     for one, fine in simulations:
         published = PUBLISHED[one.model][2]
         for devices in options.devices:
-            for mode, components, stride, lanes, warmup in rows(one.model, devices):
-                changes: dict[str, Any] = {"warmup": warmup, "stride": stride}
-                if lanes:
-                    changes |= {"row_scale": options.rows, "row_bytes": 0.5}
-                speed, nbytes = one.speed(mode, components, link, host, **changes)
-                finer, _ = fine.speed(mode, components, link, host, **changes)
-                theirs = published.get((components, stride)) if mode == "asyncdiff" else None
-                beside = f"{theirs:.1f}x" if theirs and warmup == PUBLISHED_WARMUP[one.model] else "-"
-                way = label(mode, components, stride, lanes, warmup)
+            for way in ways_to_use(devices, one.model):
+                speed, nbytes = one.speed(way, link, host, options.rows)
+                finer, _ = fine.speed(way, link, host, options.rows)
+                theirs = published.get((way.components, way.stride)) if way.mode == "asyncdiff" else None
+                beside = f"{theirs:.1f}x" if theirs and way.warmup == PUBLISHED_WARMUP[one.model] else "-"
                 speeds = f"{speed:.2f}x | {finer:.2f}x | {beside}"
-                yield f"| {one.title} | {devices} | {way} | {speeds} | {nbytes / 1e6:.1f} |"
+                yield f"| {one.title} | {devices} | {way.cells} | {speeds} | {nbytes / 1e6:.1f} |"
     yield ""
     yield "### Balance: time of the slowest component against the whole"
     yield ""
@@ -277,24 +291,20 @@ def by_link(profiles: list[tuple[dict[str, Any], Simulation]], options: argparse
     for measured, fine in profiles:
         sizes = carried(fine.model, measured["rows"], measured["side"])
         links = [Link(rate * 1e9, options.latency * 1e-6) for rate in options.links]
-        ways = [(Link(), 0.0), *((link, options.host * 1e-3 + sum(map(link.seconds, sizes))) for link in links)]
+        hosted = [(Link(), 0.0), *((link, options.host * 1e-3 + sum(map(link.seconds, sizes))) for link in links)]
         half = measured["row_seconds"] / measured["whole_seconds"] if "row_seconds" in measured else options.rows
         begin = f"{fine.title} | {latent(measured)} | {1e3 * fine.whole:.1f}"
         for devices in options.devices:
-            for mode, components, stride, lanes, warmup in rows(fine.model, devices):
-                if (mode == "lookahead" and warmup == 1) or (mode == "exact" and not lanes):
+            for way in ways_to_use(devices, fine.model):
+                if (way.mode == "lookahead" and way.warmup == 1) or (way.mode == "exact" and not way.lanes):
                     continue
-                if lanes and measured["rows"] == 1:
+                if way.lanes and measured["rows"] == 1:
                     continue
-                changes: dict[str, Any] = {"warmup": warmup, "stride": stride}
-                if lanes:
-                    changes |= {"row_scale": half, "row_bytes": 0.5}
-                found = [fine.speed(mode, components, link, host, **changes) for link, host in ways]
+                found = [fine.speed(way, link, host, half) for link, host in hosted]
                 speeds = " | ".join(f"{speed:.2f}x" for speed, _ in found)
-                way = label(mode, components, stride, lanes, warmup)
-                yield f"| {begin} | {devices} | {way} | {speeds} | {found[0][1] / 1e6:.1f} |"
+                yield f"| {begin} | {devices} | {way.cells} | {speeds} | {found[0][1] / 1e6:.1f} |"
             if devices > measured["rows"] and devices % measured["rows"] == 0:
-                runs = [fine.speed_in_rounds(measured["rows"], half, devices, host) for _, host in ways]
+                runs = [fine.speed_in_rounds(measured["rows"], half, devices, host) for _, host in hosted]
                 speeds = " | ".join(f"{speed:.2f}x" for _, speed in runs)
                 yield f"| {begin} | {devices} | ParaStep, {runs[0][0]} lanes | auto | {speeds} | 0.0 |"
 
@@ -303,25 +313,19 @@ def latent(measured: dict[str, Any]) -> str:
     return f"{measured['rows']}x{measured['side']}x{measured['side']}"
 
 
-def label(mode: str, components: int, stride: int, lanes: bool, warmup: int) -> str:
-    """Two cells: mode and warm-up."""
-    way = f"{mode}, {'CFG lanes x ' if lanes else ''}N={components}" + (", S=2" if stride == 2 else "")
-    return f"{way} | {'all' if mode == 'exact' else warmup}"
-
-
-def rows(name: str, devices: int) -> Iterable[tuple[str, int, int, bool, int]]:
-    """``(mode, components, stride, CFG lanes, warm-up)`` of the ways to use so many devices."""
+def ways_to_use(devices: int, name: str) -> Iterable[Way]:
+    """All that the tables have of so many devices."""
     for warmup in dict.fromkeys((1, PUBLISHED_WARMUP.get(name, 1))):
-        yield "asyncdiff", devices, 1, False, warmup
+        yield Way("asyncdiff", devices, 1, False, warmup)
         if devices > 2:
-            yield "asyncdiff", devices - 1, 2, False, warmup
+            yield Way("asyncdiff", devices - 1, 2, False, warmup)
     for warmup in (1, 3):
-        yield "lookahead", devices, 1, False, warmup
+        yield Way("lookahead", devices, 1, False, warmup)
     if devices > 2 and devices % 2 == 0:
-        yield "lookahead", devices // 2, 1, True, 3
-    yield "exact", devices, 1, False, 0
+        yield Way("lookahead", devices // 2, 1, True, 3)
+    yield Way("exact", devices, 1, False, 0)
     if devices % 2 == 0:
-        yield "exact", devices // 2, 1, True, 0
+        yield Way("exact", devices // 2, 1, True, 0)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pack import ROOT
-from quality_summary import ranges, read, write_summary
+from quality_summary import ranges, read, span, write_summary
 
 DOCS = [ROOT / "docs/results.md", *sorted((ROOT / "docs/quality").glob("*.md"))]
 DATE = re.compile(r"\b20\d\d-\d\d-\d\d\b")
@@ -78,9 +78,8 @@ def measured(way: str, lanes: int, steps: int, speeds: bool = True) -> str:
     """As the help page of ParaStep Sampler has it: PSNR of each of the three models, and the ideal speeds."""
     found = [row for rows in PICTURES for row in rows if (row.mode, row.degree, row.of) == (way, lanes, steps)]
     assert len(found) == len(PICTURES)
-    least, most = (f"{pick(row.speed for row in found):.2f}" for pick in (min, max))
     decibels = ", ".join(f"{row.psnr:.0f}" for row in found)
-    at = f" at {least}x" if least == most else f" at {least} to {most}x"
+    at = f" at {span([row.speed for row in found], 2, 'x')}"
     return f"{decibels} dB{at if speeds else ''}"
 
 
