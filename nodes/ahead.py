@@ -20,7 +20,7 @@ from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
 from ..parallel_backend import LeapfrogError, Rounds
 from .boundaries import conditioning_at, rewind
-from .coroutine import Coroutine, current
+from .coroutine import Coroutine, current, pause
 from .inside_patches import variables
 from .scout import NoiseState, Outputs, Question, Scout
 from .shared_noise import with_shared_noise
@@ -73,12 +73,16 @@ def lanes_in_call() -> int:
     return wave.lanes if isinstance(wave, Wave) else 1
 
 
-def pause_for(denoiser: Any, pending: Any) -> None:
-    """In a wave of this denoiser, wait for one's turn again; elsewhere, nothing: of a guider's second model it is
-    another denoiser."""
+def is_wave_of(denoiser: Any) -> bool:
+    """Whether this is a wave that waits for this denoiser; a guider's second model has another one."""
     wave = current()
-    if isinstance(wave, Wave) and wave.denoiser is denoiser:
-        wave.pause(pending)
+    return isinstance(wave, Wave) and wave.denoiser is denoiser
+
+
+def pause_for(denoiser: Any, pending: Any) -> None:
+    """In a wave of this denoiser, wait for one's turn again; elsewhere, nothing."""
+    if is_wave_of(denoiser):
+        pause(pending)
 
 
 def sampler_name(sampler: Any) -> str:
@@ -125,6 +129,11 @@ class AheadSampler(comfy.samplers.KSAMPLER):
     rolling = False
 
     @property
+    def denoiser(self) -> Any:
+        """What evaluates, in a run."""
+        raise NotImplementedError
+
+    @property
     def finishes_rejected(self) -> bool:
         """Whether the guidance sees evaluations that are rejected: a pipeline drops them before."""
         return False
@@ -147,10 +156,6 @@ class AheadSampler(comfy.samplers.KSAMPLER):
         """
         raise NotImplementedError
 
-    def note(self, text: str) -> None:
-        """A line for the run's report."""
-        raise NotImplementedError
-
     @torch.no_grad()
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         """k-diffusion's sampler signature: ``model`` is KSamplerX0Inpaint around the guider, ``x`` ``[batch, ...]``."""
@@ -169,10 +174,10 @@ class AheadSampler(comfy.samplers.KSAMPLER):
 
         def schedule() -> Any:
             if "easycache" in extra_args.get("model_options", {}).get("transformer_options", {}):
-                self.note("steps are taken one by one: EasyCache or LazyCache decides from one to the next")
+                self.denoiser.note("steps are taken one by one: EasyCache or LazyCache decides from one to the next")
                 return None
             if self.finishes_rejected and (name := remembering(extra_args["model_options"])):
-                self.note(f"steps are taken one by one: {name} remembers the step before")
+                self.denoiser.note(f"steps are taken one by one: {name} remembers the step before")
                 return None
             return self.schedule(len(sigmas) - 1, short)
 
@@ -201,7 +206,8 @@ class AheadSampler(comfy.samplers.KSAMPLER):
             sigmas.tolist(),
             schedule,
             partial(conditioning_at, guider.conds),
-            self.note,
+            self.denoiser.note,
+            self.denoiser.carry_on,
             self.rolling,
         )
         try:

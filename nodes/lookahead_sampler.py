@@ -45,6 +45,10 @@ class LookaheadSampler(AheadSampler):
         self._denoiser = denoiser
         self._waves: list[PipelineWave] = []
 
+    @property
+    def denoiser(self) -> SplitDenoiser:
+        return self._denoiser
+
     def start(
         self, guider: Any, evaluate: Callable[[Question], Outputs], questions: Sequence[Question], first: int
     ) -> list[PipelineWave]:
@@ -62,9 +66,6 @@ class LookaheadSampler(AheadSampler):
 
     def schedule(self, steps: int, short: Any) -> Any:
         return self._denoiser.lookahead()
-
-    def note(self, text: str) -> None:
-        self._denoiser.note(text)
 
 
 class PipelineWave(Wave):

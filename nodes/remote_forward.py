@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import FunctionType
 from typing import Any
 
@@ -17,7 +17,7 @@ import comfy.patcher_extension
 import torch
 
 from ..parallel_backend import LanesDenoiser, LeapfrogError, SplitDenoiser
-from .ahead import ahead, lanes_in_call, pause_for
+from .ahead import ahead, is_wave_of, lanes_in_call, pause_for
 from .inside_patches import ENTRIES, describe
 from .recipe import patches_of
 
@@ -76,29 +76,40 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     refuse_inside(going, denoiser)
     tick = comfy.model_management.throw_exception_if_processing_interrupted
     patches = patches_of(patcher)
-    pending: Any
+    submit: Callable[[], Any]
     if isinstance(denoiser, LanesDenoiser):
         rows = (x if isinstance(x, torch.Tensor) else x[0]).shape[0]
         tree = (args, {**kwargs, "transformer_options": per_row(going, rows)})
         alone = of_one_sigma(patcher.model.diffusion_model, going)
         group = rows if of_coupled_rows(patcher.model.diffusion_model) else int(kwargs.get("num_video_frames", 1))
-        pending = denoiser.submit(tree, x, group, patches, tick, alone, lanes_in_call())
+        submit = partial(denoiser.submit, tree, x, group, patches, tick, alone, lanes_in_call())
     else:
         tree = (args, {**kwargs, "transformer_options": going})
-        pending = denoiser.submit(
-            tree, x, patches, tick, chunks=options.get("cond_or_uncond") or [0],
+        submit = partial(
+            denoiser.submit, tree, x, patches, tick, chunks=options.get("cond_or_uncond") or [0],
             stream=patcher.attachments.setdefault(RUN, Run()).next_stream({**options, **going}, x),
             times=_times(patcher, options) if denoiser.plan.mode == "asyncdiff" else (1.0, 1.0), ahead=ahead(),
             together="cond_or_uncond" in going.get("inside_patches", {}).get("reads", ())
             or of_coupled_rows(patcher.model.diffusion_model),
         )  # fmt: skip
+    while True:
+        try:
+            output = _answer(denoiser, submit, tick)
+            break
+        except LeapfrogError as error:
+            if is_wave_of(denoiser) or not denoiser.carry_on(error):  # what becomes of waves is for rounds.py
+                raise
+    return output.to(x.device) if isinstance(x, torch.Tensor) else [part.to(x[0].device) for part in output]
+
+
+def _answer(denoiser: Remote, submit: Callable[[], Any], tick: Callable[[], None]) -> Any:
+    pending = submit()
     try:
         pause_for(denoiser, pending)
     except BaseException:
         denoiser.drop(pending)
         raise
-    output = denoiser.result(pending, tick)
-    return output.to(x.device) if isinstance(x, torch.Tensor) else [part.to(x[0].device) for part in output]
+    return denoiser.result(pending, tick)
 
 
 def per_row(options: dict[str, Any], rows: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,15 +52,15 @@ class RoundsSampler(AheadSampler):
         self.plan = plan
         self._tell = tell
         self._memory: LanesMemory | None = None
-        self._notes: list[str] = []
 
     @property
     def finishes_rejected(self) -> bool:
         return self.plan.bound < math.inf
 
     @property
-    def _denoiser(self) -> LanesDenoiser | None:
-        return self._memory.denoiser if self._memory else None
+    def denoiser(self) -> LanesDenoiser:
+        assert self._memory
+        return self._memory.denoiser
 
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model
@@ -71,12 +72,11 @@ class RoundsSampler(AheadSampler):
             log.warning("Leapfrog: TorchCompileModel has no effect with ParaStep; the ranks compute uncompiled.")
         through = _through(args.get("model_options", {}), twin, guider)
         denoiser.begin_run()
-        self._notes.clear()
         try:
             with calls_that_fit(base):
                 args = {**args, "model_options": through}
                 result = super()._sample(model, x, sigmas, args, callback, disable, **options)
-            self._tell("ParaStep: " + "; ".join([self.last_run.summary(), *self._notes]))
+            self._tell("ParaStep: " + "; ".join([self.last_run.summary(), *denoiser.notes]))
             return result
         finally:
             denoiser.end_run()
@@ -84,14 +84,13 @@ class RoundsSampler(AheadSampler):
     def start(
         self, guider: Any, evaluate: Callable[[Question], Outputs], questions: Sequence[Question], first: int
     ) -> Sequence[Any]:
-        assert self._denoiser
         together = len(questions) > 1 and can_be_one(guider, questions)
         lanes = len(questions) if together else 1
         group: list[LaneWave] = []
         try:
             for question in [as_one(questions)] if together else questions:
-                group.append(LaneWave(self._denoiser, group, guider, partial(evaluate, question), lanes))
-            self._denoiser.flush(comfy.model_management.throw_exception_if_processing_interrupted)
+                group.append(LaneWave(self.denoiser, group, guider, partial(evaluate, question), lanes))
+            self.denoiser.flush(comfy.model_management.throw_exception_if_processing_interrupted)
         except BaseException:
             for wave in group:
                 wave.drop()
@@ -99,21 +98,16 @@ class RoundsSampler(AheadSampler):
         return lanes_of(group[0], lanes) if together else group
 
     def schedule(self, steps: int, short: Any) -> Any:
-        denoiser, plan = self._denoiser, self.plan
-        assert denoiser
+        denoiser = self.denoiser
+        plan = replace(self.plan, devices=denoiser.devices)  # some may be lost by now
         conditionings = denoiser.conditionings
         if plan.calibrate and plan.lanes_for(conditionings) > 1:
             name = sampler_name(self.base).removeprefix("sample_")
             kept = Path(folder_paths.get_user_directory()) / "leapfrog" / "calibration.json"
             plan = plan.calibrated(kept, denoiser.recipe, name, short, self._tell)
-            self.note(f"drift bound {plan.bound:.2g} for this model")
+            denoiser.note(f"drift bound {plan.bound:.2g} for this model")
         self._tell(f"ParaStep: {plan.promise(steps, conditionings, denoiser.pictures)}")
         return plan.schedule(conditionings)
-
-    def note(self, text: str) -> None:
-        assert self._denoiser
-        self._denoiser.note(text)
-        self._notes.append(text)
 
     def _denoiser_for(self, guider: Any, x: torch.Tensor) -> LanesDenoiser:
         patcher = guider.model_patcher

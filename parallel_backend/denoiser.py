@@ -18,7 +18,7 @@ from .pool import Call, Pool, Tick
 from .pool_memory import Held
 from .protocol import Cut, Evaluate, Load, Loaded, Payload, Recipe, Release, Unload
 from .report import RunReport
-from .settings import step_timeout_s
+from .settings import carries_on, step_timeout_s
 from .starting import ComfyHost
 from .supervisor import acquire, living
 from .tensors import flatten, laid_out
@@ -27,6 +27,8 @@ log = logging.getLogger("leapfrog")
 WARM_TIMEOUT_S = 30.0
 WARM_TIMEOUT_FACTOR = 20
 UNLOAD_TIMEOUT_S = 30.0
+LOST = ("rank_start", "rank_died", "rank_timeout", "device_fault")
+"""What other devices may be spared."""
 # Idle ranks take less; those that still compute what nobody wants may take seconds, and Cancel is not to wait for that.
 RELEASE_S = 0.1
 
@@ -49,7 +51,7 @@ class RemoteDenoiser:
 
     def __init__(self, devices: tuple[str, ...], recipe: Recipe, host: ComfyHost, nbytes: int = 0):
         """``nbytes`` are those of the denoiser's weights; 0: take the file's size."""
-        self.devices = devices
+        self.devices = self._all_devices = devices
         self.recipe = recipe
         self.host = host
         self.nbytes = nbytes or recipe.stamp[0]
@@ -67,6 +69,7 @@ class RemoteDenoiser:
 
     def begin_run(self) -> None:
         """Forget stale state; call before the first step of every sampling run."""
+        self._take_all_devices()
         self.report = RunReport(self.title, self.devices)
 
     def end_run(self) -> None:
@@ -89,10 +92,41 @@ class RemoteDenoiser:
                 log.info("Leapfrog: trace written to %s", path)
         self.report = None
         self._leave()
+        self._take_all_devices()
+
+    def carry_on(self, error: LeapfrogError) -> bool:
+        """Whether the run can go on after this error, on the devices that are left, where the user wants that.
+
+        All that was under way is lost, and so is stale state. The next evaluation starts the ranks anew; the next run
+        has all devices again.
+        """
+        lost = error.report.rank
+        if not (self.report and carries_on() and error.report.code in LOST and 0 <= lost < len(self.devices) > 1):
+            return False
+        number, device = self.report.ranks.pop(lost), self.devices[lost]
+        self._pool = None
+        self._do_without(lost)
+        text = f"finished on {','.join(self.devices)} without rank {number} on {device}"
+        log.warning("Leapfrog: %s The run is %s", error.report.what, text)
+        self.note(text)
+        return True
+
+    def _do_without(self, rank: int) -> None:
+        self.devices = self.devices[:rank] + self.devices[rank + 1 :]
+
+    def _take_all_devices(self) -> None:
+        if self.devices != self._all_devices:
+            self.close()  # nobody would know what these ranks hold
+            self.devices = self._all_devices
+
+    @property
+    def notes(self) -> list[str]:
+        """The lines that the run's report has by now."""
+        return self.report.notes if self.report else []
 
     def note(self, text: str) -> None:
         """A line for the run's report."""
-        if self.report:
+        if self.report and text not in self.report.notes:
             self.report.notes.append(text)
 
     def unload(self, ranks: Sequence[int] = ()) -> None:
@@ -189,7 +223,7 @@ class RemoteDenoiser:
         else:  # it has costs that come once: NCCL connects, kernels are chosen
             self._first[size] = alone
         assert self.report and self._pool
-        self.report.ended(call.number, seconds)
+        self.report.ended(call.step, seconds)
         self._look_at_outputs(call, true)
 
     def _look_at_outputs(self, call: Call, true: bool) -> None:
@@ -251,7 +285,7 @@ class RemoteDenoiser:
         report = self.report
         step = len(report.calls) + 1
         call = pool.submit(messages, tick, payload, report.replied, step)
-        report.sent(call.number, kind)
+        report.sent(step, kind)
         return call
 
 

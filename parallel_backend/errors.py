@@ -37,6 +37,10 @@ HINTS = {
     ),
     "rank_died": "The next prompt starts a new pool. If it dies again, the rank's last lines say why.",
     "rank_timeout": "The next prompt starts a new pool. LEAPFROG_STEP_TIMEOUT (seconds) raises the limit.",
+    "device_fault": (
+        "The device failed, or code on it read what is not there; the system's log (dmesg, Xid) may say more. The next "
+        "prompt starts a new pool."
+    ),
     "no_shared_memory": (
         "Steps travel through /dev/shm. Start a container with --shm-size=8g, or remove what fills /dev/shm."
     ),
@@ -74,10 +78,15 @@ class ErrorReport(msgspec.Struct, frozen=True):
         return HINTS[self.code]
 
     @property
+    def what(self) -> str:
+        """What happened, and where."""
+        where = f"rank {self.rank}" + (f", denoiser call {self.step}" if self.step else "")
+        return f"{self.message} ({where})" if self.rank >= 0 else self.message
+
+    @property
     def text(self) -> str:
         """All that a user should read."""
-        where = f"rank {self.rank}" + (f", denoiser call {self.step}" if self.step else "")
-        lines = [f"{self.message} ({where})" if self.rank >= 0 else self.message, self.hint]
+        lines = [self.what, self.hint]
         if self.log:
             lines += [f"The last lines of rank {self.rank}:", *(f"  {line}" for line in self.log)]
         return "\n".join(lines)

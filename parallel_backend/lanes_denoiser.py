@@ -112,7 +112,7 @@ class LanesDenoiser(RemoteDenoiser):
         pool = self._ready_pool(tick)
         with pool.lock:
             assert self.report
-            self.report.loaded = self._load_whole(pool, self._patches, tick)
+            self.report.holds(self._load_whole(pool, self._patches, tick))
             calls = batched([one.rows for one in waiting])
             shares = row_shares([(rows.count, rows.group) for rows, _ in calls], len(self.devices))
             for (rows, members), share in zip(calls, shares, strict=True):

@@ -101,6 +101,19 @@ class SplitPlan:
         two = cfg_lanes == "on" or (cfg_lanes == "auto" and len(there) >= 2 * each)
         return cls(choose_devices(devices, 2 * each if two else each, machine), components, **options)
 
+    def without(self, rank: int) -> SplitPlan:
+        """The plan on the devices that are left when that of a rank is lost: components of another number are cut
+        where they were not asked to be."""
+        left = self.devices[:rank] + self.devices[rank + 1 :]
+        stride = min(self.stride, len(left))
+        degree = min(self.degree, len(left) - stride + 1)
+        lanes = "auto" if len(left) % 2 and self.cfg_lanes == "on" else self.cfg_lanes
+        each = degree + stride - 1
+        if degree and (lanes == "off" or len(left) < 2 * each):
+            left = left[:each]
+        cut = self.cut if degree and degree == self.degree else ""
+        return replace(self, devices=left, degree=degree, stride=stride, cfg_lanes=lanes, cut=cut)
+
     def components(self, pipeline: Sequence[int]) -> int:
         """How many components the ranks of a pipeline have."""
         return len(pipeline) - self.stride + 1

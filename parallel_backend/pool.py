@@ -67,7 +67,8 @@ NEXT = {
 
 @dataclass(eq=False)
 class Call:
-    """Messages that went to some ranks. ``replies`` fill up, each handed to ``on_reply`` as it comes in.
+    """Messages that went to some ranks. ``replies`` fill up, each handed to ``on_reply`` as it comes in, with ``step``
+    and rank.
 
     ``step`` is which denoiser call of the run it is, from 1; 0 for anything else. ``answers`` are the types of reply
     that the ranks may give.
@@ -327,7 +328,7 @@ class Pool:
                 raise self.broken(ErrorReport("rank_error", "A rank sent a reply that was not asked for.", rank))
             call.replies[rank] = reply
             if call.on_reply:
-                call.on_reply(call.number, rank, reply)
+                call.on_reply(call.step, rank, reply)
             if call.complete and not call.wanted:
                 del self._calls[call.number]
         if not arrived:

@@ -30,14 +30,15 @@ class Span:
 class RunReport:
     """Collected by the host while a run goes on.
 
-    ``calls`` are the denoiser calls in the order in which they were sent, with their kinds, and ``seconds`` the time
-    from sending each to having its result; calls may overlap. ``notes`` are shown as they are. ``bad`` tells of the
-    first output that was not finite.
+    ``calls`` are the denoiser calls, numbered as they were sent, with their kinds, and ``seconds`` the time from
+    sending each to having its result; calls may overlap. ``ranks`` are those that are left, by the numbers that they
+    had at the start; a pool numbers its own anew. ``notes`` are shown as they are. ``bad`` tells of the first output
+    that was not finite.
     """
 
     title: str
     devices: Sequence[str]
-    loaded: Sequence[Loaded] = ()
+    loaded: list[Loaded] = field(default_factory=list)
     spans: list[Span] = field(default_factory=list)
     calls: dict[int, str] = field(default_factory=dict)
     seconds: dict[int, float] = field(default_factory=dict)
@@ -46,13 +47,22 @@ class RunReport:
     began: float = field(default_factory=time.perf_counter)
     ended_at: float = 0.0
 
+    def __post_init__(self) -> None:
+        self.ranks = list(range(len(self.devices)))
+
+    def holds(self, parts: Sequence[Loaded]) -> None:
+        """What each rank holds by now."""
+        self.loaded = [Loaded() for _ in self.devices]
+        for rank, part in zip(self.ranks, parts, strict=False):
+            self.loaded[rank] = part
+
     def sent(self, call: int, kind: str) -> None:
         if not self.calls:
             self.began = time.perf_counter()
         self.calls[call] = kind
 
     def replied(self, call: int, rank: int, reply: Done) -> None:
-        span = Span(rank, call, self.calls.get(call, ""), reply.begin, reply.end, reply.waited, reply.sent)
+        span = Span(self.ranks[rank], call, self.calls.get(call, ""), reply.begin, reply.end, reply.waited, reply.sent)
         self.spans.append(span)
 
     def ended(self, call: int, seconds: float) -> None:
@@ -76,7 +86,7 @@ class RunReport:
         for rank, device in enumerate(self.devices):
             own = [s for s in self.spans if s.rank == rank]
             busy = sum(s.end - s.begin - s.waited for s in own)
-            held = self.loaded[rank] if rank < len(self.loaded) else Loaded()
+            held = self.loaded[rank] if self.loaded else Loaded()
             sent = sum(s.sent for s in own) / max(1, len(own))
             span = f", {held.units[0]} to {held.units[-1]}" if held.units else ""
             lines.append(

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .errors import LeapfrogError
 from .schedules.parastep import Guard, Outputs, Predictor, position
 
 
@@ -75,9 +76,10 @@ class Rounds:
     time, lanes ``first`` and following of a round. ``scout(answers)`` makes a scout that has been given these answers.
     ``sigmas`` is the schedule. ``schedule()`` is asked when the first evaluation, which may tell how many lanes there
     are, is done: None for one. ``section(level)`` changes with the conditioning: predictions do not reach across.
-    ``note`` is told what a user should know. ``rolling``: the next evaluations are started whenever the sampler asks,
-    so that a pipeline stays full, and a round goes on until an evaluation is rejected; otherwise a round has to be used
-    up before the next one starts.
+    ``note`` is told what a user should know. ``carry_on`` is told why evaluations failed, and says whether it is of use
+    to ask again: then the run goes on as if it began there. ``rolling``: the next evaluations are started whenever the
+    sampler asks, so that a pipeline stays full, and a round goes on until an evaluation is rejected; otherwise a round
+    has to be used up before the next one starts.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Rounds:
         schedule: Callable[[], tuple[Guard, Predictor] | None],
         section: Callable[[float], Any] = lambda level: None,
         note: Callable[[str], None] = lambda text: None,
+        carry_on: Callable[[LeapfrogError], bool] = lambda error: False,
         rolling: bool = False,
     ):
         self.taken = Taken()
@@ -100,6 +103,7 @@ class Rounds:
         self._section_of = section
         self._section: Any = None
         self._note = note
+        self._carry_on = carry_on
         self._rolling = rolling
         self._schedule: tuple[Guard, Predictor] | None = None
         self._answers: list[Outputs] = []
@@ -110,10 +114,16 @@ class Rounds:
     def ask(self, question: Question) -> Outputs:
         """The fresh outputs for what the true sampler asks next."""
         index = len(self._answers)
-        if self._schedule:
-            outputs = self._in_rounds(index, question, *self._schedule)
-        else:
-            outputs = self._alone(index, question)
+        try:
+            if self._schedule:
+                outputs = self._in_rounds(index, question, *self._schedule)
+            else:
+                outputs = self._alone(index, question, begins=index == 0)
+        except LeapfrogError as error:
+            if not self._carry_on(error):
+                raise
+            self.close()
+            outputs = self._alone(index, question, begins=True)
         self._answers.append(outputs)
         self.taken.asked += 1
         return outputs
@@ -126,14 +136,14 @@ class Rounds:
             self._scout.drop()
             self._scout = None
 
-    def _alone(self, index: int, question: Question) -> Outputs:
+    def _alone(self, index: int, question: Question, begins: bool) -> Outputs:
         self.taken.count += 1
         outputs = self._evaluate(question)
-        if index == 0:
+        if begins:
             self._section = self._section_of(question.level)
             self._schedule = self._make_schedule()
             if self._schedule:
-                self._schedule[1].add(0, self._at(question), question.x, question.level, outputs, 0)
+                self._schedule[1].add(index, self._at(question), question.x, question.level, outputs, 0)
         return outputs
 
     def _in_rounds(self, index: int, question: Question, guard: Guard, predictor: Predictor) -> Outputs:

@@ -27,6 +27,11 @@ def idle_s() -> float:
     return _seconds("LEAPFROG_IDLE_S")
 
 
+def carries_on() -> bool:
+    """Whether a run whose rank is lost goes on, on the devices that are left."""
+    return os.environ.get("LEAPFROG_CARRY_ON") == "1"
+
+
 def machines_file() -> Path | None:
     """The file that says which other machines there are; None where there are none."""
     path = os.environ.get("LEAPFROG_MACHINES")

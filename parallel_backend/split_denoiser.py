@@ -67,11 +67,25 @@ class SplitDenoiser(RemoteDenoiser):
         super().__init__(plan.devices, recipe, host, nbytes)
         self.steps = 0
         self._show = show
-        self.plan = plan
-        self._watched = Watched(recipe, plan.devices)
-        self._pipelines: list[list[int]] = []
         self._rests: dict[int, Pending] = {}
+        self._wanted = plan
+        self._take(plan)
+
+    def _take(self, plan: SplitPlan) -> None:
+        """Go by this plan from now on."""
+        self.plan = plan
+        self.devices = plan.devices
+        self._watched = Watched(self.recipe, plan.devices)
+        self._pipelines: list[list[int]] = []
         self._forget_streams()
+
+    def _do_without(self, rank: int) -> None:
+        self._take(self.plan.without(rank))
+
+    def _take_all_devices(self) -> None:
+        super()._take_all_devices()
+        if self.plan is not self._wanted:
+            self._take(self._wanted)
 
     def begin_run(self) -> None:
         super().begin_run()
@@ -227,7 +241,7 @@ class SplitDenoiser(RemoteDenoiser):
         wanted, held = Held(self.recipe, chosen and chosen.cut, self._pipelines, patches.id), pool.memory.held
         if held is None or not held.same_but_for_patches(wanted):
             self._forget_streams()
-        self.report.loaded = self._load(pool, wanted.cut, self._pipelines, patches, tick)
+        self.report.holds(self._load(pool, wanted.cut, self._pipelines, patches, tick))
         if self.steps and not self.report.calls:
             said = self.plan.promise(
                 self.steps, len(self._pipelines), self.components, chosen.slowest if chosen else 1.0

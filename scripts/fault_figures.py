@@ -22,6 +22,7 @@ class Figures:
     orphans: int = 0
     wrong: int = 0
     unclear: int = 0
+    finished: int = 0
     later: int = 0
     later_not_right: int = 0
     noticed: list[float] = field(default_factory=list)
@@ -54,6 +55,8 @@ class Figures:
             f"{self.hangs} hangs, {self.orphans} orphans, {self.wrong} wrong pictures, {self.unclear} unclear errors",
             f"{self.later - self.later_not_right} of {self.later} later prompts right",
         ]
+        if self.finished:
+            parts.append(f"{self.finished} times a picture was finished on the device that was left")
         if self.noticed:
             parts.append(f"killed rank reported after {statistics.median(self.noticed):.2f} s (median)")
         if self.again and self.cold:

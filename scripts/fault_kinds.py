@@ -62,17 +62,22 @@ class Kind:
 
 
 class Breakable:
-    """A ComfyUI that is there to be broken, and the ways to break it. ``victim`` is the prompt that is to be hit."""
+    """A ComfyUI that is there to be broken, and the ways to break it. ``victim`` is the prompt that is to be hit.
 
-    def __init__(self, base: Path):
+    ``carry_on``: it finishes pictures on the devices that are left.
+    """
+
+    def __init__(self, base: Path, carry_on: bool = False):
         self.base = base
+        self.carry_on = carry_on
         self.server = self._started()
         self.victim: str | None = None
         self._limited: list[psutil.Process] = []
         self._held: list[socket.socket] = []
 
     def _started(self) -> ComfyServer:
-        return campaign_server(self.base, LEAPFROG_STEP_TIMEOUT=str(STEP_TIMEOUT_S)).start()
+        env = {"LEAPFROG_STEP_TIMEOUT": str(STEP_TIMEOUT_S), "LEAPFROG_CARRY_ON": str(int(self.carry_on))}
+        return campaign_server(self.base, **env).start()
 
     def start_again(self) -> None:
         """Another server in place of one that has been stopped."""
@@ -201,6 +206,8 @@ KINDS: dict[str, Kind] = {
     ),
 }  # fmt: skip
 KILLS = ("kill -9", "SIGTERM")
+LOST = (*KILLS, "hang")
+"""What a picture survives with LEAPFROG_CARRY_ON."""
 ENDS_SERVER = ("kill -9 of ComfyUI",)
 
 

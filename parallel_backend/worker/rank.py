@@ -56,6 +56,7 @@ from .vacancy import free_bytes
 CONNECT_TIMEOUT_S = 30.0
 MAPPED_ARENAS = 16
 HostLine = Channel[FromHost] | RankCourier
+DEVICE_FAULT = getattr(torch, "AcceleratorError", ())  # since torch 2.8
 OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "cublas_status_alloc_failed")
 
 
@@ -261,7 +262,7 @@ def _report(error: Exception, rank: int) -> ErrorReport:
     if isinstance(error, LeapfrogError):
         return msgspec.structs.replace(error.report, rank=rank)
     return ErrorReport(
-        code="rank_oom" if _is_oom(error) else "rank_error",
+        code="rank_oom" if _is_oom(error) else "device_fault" if isinstance(error, DEVICE_FAULT) else "rank_error",
         message=f"{type(error).__name__}: {error}",
         rank=rank,
         traceback=traceback.format_exc(),

@@ -6,7 +6,7 @@ import pytest
 
 import faults
 import soak
-from campaign import EXACT, PARASTEP
+from campaign import EXACT, KSAMPLER, PARASTEP
 
 
 @pytest.mark.timeout(300)
@@ -17,6 +17,14 @@ def test_whatever_breaks_the_next_prompts_are_right(capsys: pytest.CaptureFixtur
     assert figures.injected.total() == 4
     assert figures.later >= 4
     assert set(figures.injected) == set(kinds)
+
+
+@pytest.mark.timeout(300)
+def test_no_picture_is_lost_with_a_rank_where_it_is_finished_on_the_other(capsys: pytest.CaptureFixture[str]):
+    figures = faults.run(3, 5, ("kill -9",), (EXACT, KSAMPLER), carry_on=True)
+    assert figures.bad == 0, capsys.readouterr().out
+    assert figures.answers == {"right": 3}
+    assert figures.finished >= 1
 
 
 @pytest.mark.timeout(300)

@@ -135,7 +135,7 @@ def test_a_rank_killed_in_the_middle_of_a_step(exact: Run, rank: int):
     with Failing("rank_died", rank) as failing:
         exact(Request(), on_step=kill_while_it_computes(rank, failing))
     assert "was ended by SIGKILL" in failing.report.message
-    assert failing.report.step == 4
+    assert failing.report.step in (3, 4), "the first rank of two may still owe word that it has done the third"
     assert distance(exact(Request()), reference(Request())) < EXACT
 
 
@@ -145,6 +145,61 @@ def test_a_lane_killed_in_the_middle_of_a_round():
     with Failing("rank_died", 0) as failing:
         generate(load("flux"), request, sampler, on_step=kill_while_it_computes(0, failing))
     assert distance(generate(load("flux"), request, sampler), reference(request)) < EXACT
+
+
+@pytest.fixture
+def carries_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEAPFROG_CARRY_ON", "1")
+
+
+def lose(ranks: dict[int, int], seen: list[int]) -> Callable[..., None]:
+    """For ``on_step``: after these steps these ranks are killed in the middle of the next evaluation. ``seen`` is told
+    how many there were before each step."""
+
+    def on_step(step: int, *_: Any) -> None:
+        seen.append(len(the_pool().pids))
+        if step in ranks:
+            pid = the_pool().pids[ranks[step]]
+            os.kill(pid, signal.SIGSTOP)
+            threading.Timer(0.3, os.kill, (pid, signal.SIGKILL)).start()
+
+    return on_step
+
+
+@pytest.mark.usefixtures("carries_on")
+def test_a_picture_is_finished_on_the_device_that_is_left(run: Run, caplog: pytest.LogCaptureFixture):
+    expected, wanted = run(Request()), reference(Request())
+    seen: list[int] = []
+    made = run(Request(), on_step=lose({2: 0}, seen))
+    assert distance(made, wanted) < max(EXACT, 1.01 * distance(expected, wanted))
+    assert (seen[0], seen[-1]) == (2, 1)
+    assert "(rank 0, denoiser call " in caplog.text
+    assert "without rank 0 on " in caplog.text
+    assert torch.equal(run(Request()), expected)
+    assert len(the_pool().pids) == 2
+
+
+@pytest.mark.usefixtures("carries_on")
+def test_one_rank_after_another_is_lost():
+    model = split(load("flux"), ranks=3, mode="exact")
+    seen: list[int] = []
+    made = generate(model, Request(), on_step=lose({1: 2, 3: 0}, seen))
+    assert distance(made, reference(Request())) < EXACT
+    assert [seen[0], seen[-1]] == [3, 1]
+    with pytest.raises(LeapfrogError) as raised:
+        generate(model, Request(), on_step=lose({1: 2, 2: 0, 3: 0}, seen))
+    assert raised.value.report.code == "rank_died", "no other is left"
+    assert distance(generate(model, Request()), reference(Request())) < EXACT
+
+
+@pytest.mark.usefixtures("carries_on")
+def test_a_rank_is_lost_while_the_weights_load(exact: Run):
+    exact(Request())
+    pid = the_pool().pids[1]
+    os.kill(pid, signal.SIGSTOP)
+    threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
+    other = with_lora(split(load("flux"), mode="exact"))
+    assert distance(generate(other, Request()), generate(with_lora(load("flux")), Request())) < EXACT
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -27,9 +27,9 @@ from leapfrog.parallel_backend.report import RunReport
 from pack import ROOT
 
 
-def codes_in_use() -> set[str]:
+def codes_in_use() -> set[object]:
     """Every string that the source hands to LeapfrogError.of or ErrorReport as a code."""
-    found = set()
+    found: set[object] = set()
     for path in [*(ROOT / "nodes").rglob("*.py"), *(ROOT / "parallel_backend").rglob("*.py")]:
         for call in ast.walk(ast.parse(path.read_text())):
             if not isinstance(call, ast.Call) or not (named := ast.unparse(call.func)).endswith(
@@ -38,9 +38,14 @@ def codes_in_use() -> set[str]:
                 continue
             given = [word.value for word in call.keywords if word.arg == "code"] or call.args[:1]
             assert given, f"{path}: {named} without a code"
-            values = (given[0].body, given[0].orelse) if isinstance(given[0], ast.IfExp) else (given[0],)
-            found |= {one.value for one in values if isinstance(one, ast.Constant)}
+            found |= set(_constants(given[0]))
     return found
+
+
+def _constants(node: ast.expr) -> list[object]:
+    if isinstance(node, ast.IfExp):
+        return [*_constants(node.body), *_constants(node.orelse)]
+    return [node.value] if isinstance(node, ast.Constant) else []
 
 
 def test_the_registry_holds_exactly_the_codes_in_use():
@@ -314,6 +319,14 @@ def test_the_report_says_what_ran_where(report: RunReport):
         "  rank 1 on cpu: 3.0 MB of weights, busy 75%, 0 kB sent per call",
         "  something was seen",
     ]
+
+
+def test_a_rank_that_is_lost_keeps_its_number(report: RunReport):
+    report.ranks.remove(0)
+    report.holds([Loaded(nbytes=7_000_000)])
+    report.replied(1, 0, Done(begin=report.began, end=report.began + 0.25))
+    assert report.spans[-1].rank == 1
+    assert [held.nbytes for held in report.loaded] == [0, 7_000_000]
 
 
 def test_the_trace_has_a_row_per_rank(report: RunReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -136,6 +136,26 @@ def test_conditionings_get_a_lane_each_before_the_pipeline_gets_deeper(
     assert SplitPlan.choose("auto", components, cfg_lanes).pipelines(guided, fits) == lanes
 
 
+THREE, FOUR = ("cuda:0", "cuda:1", "cuda:2"), ("cuda:0", "cuda:1", "cuda:2", "cuda:3")
+
+
+@pytest.mark.parametrize(
+    ("plan", "rank", "left"),
+    [
+        (SplitPlan(THREE), 1, SplitPlan(("cuda:0", "cuda:2"))),
+        (SplitPlan(THREE, 3, cut="3,5"), 0, SplitPlan(THREE[1:], 2)),
+        (SplitPlan(FOUR, 2, cut="3"), 0, SplitPlan(("cuda:1", "cuda:2"), 2, cut="3")),
+        (SplitPlan(FOUR, 1), 3, SplitPlan(THREE, 1)),
+        (SplitPlan(FOUR, cfg_lanes="on"), 3, SplitPlan(THREE)),
+        (SplitPlan(THREE, 2, mode="asyncdiff", stride=2), 2, SplitPlan(THREE[:2], 1, mode="asyncdiff", stride=2)),
+        (SplitPlan(THREE[:2], 1, mode="asyncdiff", stride=2), 0, SplitPlan(THREE[1:2], 1, mode="asyncdiff")),
+    ],
+)
+def test_the_plan_on_the_devices_that_are_left(plan: SplitPlan, rank: int, left: SplitPlan):
+    """Of three devices, one component each and two conditionings, the third has nothing to do."""
+    assert plan.without(rank) == left
+
+
 def test_a_single_device_is_a_plan_of_one():
     assert SplitPlan.choose("cpu", 0).devices == ("cpu",)
     assert SplitPlan.choose("cpu", 2, "on").devices == ("cpu",)

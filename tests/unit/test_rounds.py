@@ -22,7 +22,7 @@ from leapfrog.nodes.ahead import Asking, evaluated
 from leapfrog.nodes.coroutine import IDLE
 from leapfrog.nodes.scout import NoiseState, Outputs, Question, Scout
 from leapfrog.nodes.shared_noise import with_shared_noise
-from leapfrog.parallel_backend import Rounds
+from leapfrog.parallel_backend import LeapfrogError, Rounds
 from leapfrog.parallel_backend.schedules.parastep import Guard, Predictor
 from leapfrog.parallel_backend.schedules.simulate import rounds_taken
 
@@ -67,8 +67,11 @@ class Evaluated:
     index: int
     question: Question
     outputs: Outputs
+    fails: bool = False
 
     def finish(self) -> Outputs:
+        if self.fails:
+            raise LeapfrogError.of("rank_died", "A rank is gone.")
         return self.outputs
 
     def drop(self) -> None:
@@ -88,12 +91,13 @@ def run(name: str, model: Any, **how: Any) -> torch.Tensor:
 
 class Run:
     """A sampler's run in rounds. ``evaluated`` are the evaluations in the order in which they were started,
-    ``lengths`` how many there were in each round, ``asked`` and ``answers`` what the true sampler asked and got."""
+    ``lengths`` how many there were in each round, ``asked`` and ``answers`` what the true sampler asked and got.
+    ``failing`` are those of ``evaluated`` that give no outputs."""
 
     def __init__(
         self, name: str, lanes: int, bound: float = math.inf, kind: str = "linear", warmup: int = 2,
         eager: bool = False, section: Callable[[float], Any] = lambda level: None, sample: Any = run,
-        rolling: bool = False,
+        rolling: bool = False, failing: Sequence[int] = (), carry_on: bool = True,
     ):  # fmt: skip
         self.notes: list[str] = []
         self.evaluated: list[Evaluated] = []
@@ -106,8 +110,10 @@ class Run:
         def start(questions: Sequence[Question], lane: int) -> list[Evaluated]:
             first = len(self.answers) + lane
             self.lengths.append(len(questions))
-            found = [Evaluated(first + i, one, evaluated(formula, (), one)) for i, one in enumerate(questions)]
-            self.evaluated += found
+            found = []
+            for index, one in enumerate(questions, first):
+                found.append(Evaluated(index, one, evaluated(formula, (), one), len(self.evaluated) in failing))
+                self.evaluated.append(found[-1])
             return found
 
         function = comfy.samplers.sampler_object(name).sampler_function
@@ -126,7 +132,7 @@ class Run:
             lambda question: start([question], 0)[0].outputs, start, lambda answers: Scout(sampler, state, answers),
             SIGMAS.tolist(),
             lambda: (Guard(lanes, warmup, bound, eager), Predictor(kind, 1 + (lanes > 3))) if lanes > 1 else None,
-            section, self.notes.append, rolling,
+            section, self.notes.append, lambda error: carry_on, rolling,
         )  # fmt: skip
         try:
             self.result = sampler(ask, callback=lambda info: self.callbacks.append(info["i"]))
@@ -265,6 +271,25 @@ def test_a_sampler_that_fails_on_predictions_goes_step_by_step():
     ours = Run("euler", lanes=4, sample=fragile)
     assert ours.lengths == [1] * STEPS
     assert "no second run" in ours.notes[0]
+
+
+@pytest.mark.parametrize("rolling", [False, True])
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m", "dpmpp_sde"])
+def test_a_run_goes_on_from_an_evaluation_that_is_lost(name: str, rolling: bool):
+    torch.manual_seed(1)
+    expected = run(name, Formula())
+    torch.manual_seed(1)
+    ours = Run(name, lanes=3, bound=0.02, eager=True, rolling=rolling, failing=[4])
+    assert not ours.notes
+    assert distance(ours.result, expected) < 0.05
+    assert ours.callbacks == list(range(STEPS))
+    again = next(one for one in ours.evaluated[5:] if one.index == ours.evaluated[4].index)
+    assert torch.equal(again.question.x, ours.asked[again.index].x), "at the true latent"
+
+
+def test_an_evaluation_that_is_lost_is_an_error_where_nobody_carries_on():
+    with pytest.raises(LeapfrogError, match="gone"):
+        Run("euler", lanes=3, failing=[4], carry_on=False)
 
 
 def test_no_round_crosses_a_change_of_conditioning():
