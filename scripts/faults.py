@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
     parser.add_argument(
-        "--carry-on", action="store_true", help="ranks only are broken, and with LEAPFROG_CARRY_ON no picture may be lost"
+        "--carry-on", action="store_true", help="break ranks only: with LEAPFROG_CARRY_ON no picture may be lost"
     )
     args = parser.parse_args()
     choose()
