@@ -98,14 +98,14 @@ class RoundsSampler(AheadSampler):
         return lanes_of(group[0], lanes) if together else group
 
     def schedule(self, steps: int, short: Any) -> Any:
-        denoiser = self.denoiser
-        plan = replace(self.plan, devices=denoiser.devices)  # some may be lost by now
+        denoiser, plan = self.denoiser, self.plan
         conditionings = denoiser.conditionings
         if plan.calibrate and plan.lanes_for(conditionings) > 1:
             name = sampler_name(self.base).removeprefix("sample_")
             kept = Path(folder_paths.get_user_directory()) / "leapfrog" / "calibration.json"
             plan = plan.calibrated(kept, denoiser.recipe, name, short, self._tell)
             denoiser.note(f"drift bound {plan.bound:.2g} for this model")
+        plan = replace(plan, devices=denoiser.devices)  # some may be lost by now
         self._tell(f"ParaStep: {plan.promise(steps, conditionings, denoiser.pictures)}")
         return plan.schedule(conditionings)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .cutting import FOR_WEIGHTS
-from .devices import CPU, kind_of
+from .devices import CPU, kind_of, machine_of
 from .errors import ErrorReport, LeapfrogError, error_of
 from .pool import Call, Pool, Tick
 from .pool_memory import Held
@@ -69,7 +69,7 @@ class RemoteDenoiser:
 
     def begin_run(self) -> None:
         """Forget stale state; call before the first step of every sampling run."""
-        self._take_all_devices()
+        self._take_devices(set())
         self.report = RunReport(self.title, self.devices)
 
     def end_run(self) -> None:
@@ -91,33 +91,39 @@ class RemoteDenoiser:
             if path:
                 log.info("Leapfrog: trace written to %s", path)
         self.report = None
+        self._take_devices(set())
         self._leave()
-        self._take_all_devices()
 
     def carry_on(self, error: LeapfrogError) -> bool:
         """Whether the run can go on after this error, on the devices that are left, where the user wants that.
 
         All that was under way is lost, and so is stale state. The next evaluation starts the ranks anew; the next run
-        has all devices again.
+        has all devices again. With a device of another machine all of that machine are given up.
         """
-        lost = error.report.rank
-        if not (self.report and carries_on() and error.report.code in LOST and 0 <= lost < len(self.devices) > 1):
+        run, pool, failed = self.report, self._pool, error.report
+        if not (run and carries_on() and failed.code in LOST and 0 <= failed.rank < len(self.devices)):
             return False
-        number, device = self.report.ranks.pop(lost), self.devices[lost]
-        self._pool = None
-        self._do_without(lost)
-        text = f"finished on {','.join(self.devices)} without rank {number} on {device}"
-        log.warning("Leapfrog: %s The run is %s", error.report.what, text)
+        if pool and (pool.alive or any(user is not self and getattr(user, "report", None) for user in pool.users)):
+            return False  # it is the error of another denoiser, or another would go on with the lost device
+        lost = {run.ranks[failed.rank]}
+        if machine := machine_of(self.devices[failed.rank]):
+            lost |= {rank for rank in run.ranks if machine_of(run.devices[rank]) == machine}
+        if len(lost) == len(run.ranks):
+            return False
+        run.ranks = [rank for rank in run.ranks if rank not in lost]
+        self._take_devices({rank for rank in range(len(run.devices)) if rank not in run.ranks})
+        names = " and ".join(f"rank {rank} on {run.devices[rank]}" for rank in sorted(lost))
+        text = f"finished on {','.join(self.devices)} without {names}"
+        log.warning("Leapfrog: %s The run is %s", failed.message, text)
         self.note(text)
         return True
 
-    def _do_without(self, rank: int) -> None:
-        self.devices = self.devices[:rank] + self.devices[rank + 1 :]
-
-    def _take_all_devices(self) -> None:
-        if self.devices != self._all_devices:
+    def _take_devices(self, lost: Set[int]) -> None:
+        """Do without those of these ranks, which are numbered as at the start of the run."""
+        left = tuple(device for rank, device in enumerate(self._all_devices) if rank not in lost)
+        if self.devices != left:
             self.close()  # nobody would know what these ranks hold
-            self.devices = self._all_devices
+            self.devices = left
 
     @property
     def notes(self) -> list[str]:

@@ -35,11 +35,14 @@ HINTS = {
         "A free port on 127.0.0.1 and enough memory are needed. LEAPFROG_START_TIMEOUT (seconds) gives slow disks more "
         "time."
     ),
-    "rank_died": "The next prompt starts a new pool. If it dies again, the rank's last lines say why.",
+    "rank_died": (
+        "The next prompt starts a new pool. If it dies again, the rank's last lines say why. With LEAPFROG_CARRY_ON=1 "
+        "a picture is finished on the devices that are left."
+    ),
     "rank_timeout": "The next prompt starts a new pool. LEAPFROG_STEP_TIMEOUT (seconds) raises the limit.",
     "device_fault": (
         "The device failed, or code on it read what is not there; the system's log (dmesg, Xid) may say more. The next "
-        "prompt starts a new pool."
+        "prompt starts a new pool. With LEAPFROG_CARRY_ON=1 a picture is finished on the devices that are left."
     ),
     "no_shared_memory": (
         "Steps travel through /dev/shm. Start a container with --shm-size=8g, or remove what fills /dev/shm."
@@ -78,15 +81,10 @@ class ErrorReport(msgspec.Struct, frozen=True):
         return HINTS[self.code]
 
     @property
-    def what(self) -> str:
-        """What happened, and where."""
-        where = f"rank {self.rank}" + (f", denoiser call {self.step}" if self.step else "")
-        return f"{self.message} ({where})" if self.rank >= 0 else self.message
-
-    @property
     def text(self) -> str:
         """All that a user should read."""
-        lines = [self.what, self.hint]
+        where = f"rank {self.rank}" + (f", denoiser call {self.step}" if self.step else "")
+        lines = [f"{self.message} ({where})" if self.rank >= 0 else self.message, self.hint]
         if self.log:
             lines += [f"The last lines of rank {self.rank}:", *(f"  {line}" for line in self.log)]
         return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -101,16 +101,18 @@ class SplitPlan:
         two = cfg_lanes == "on" or (cfg_lanes == "auto" and len(there) >= 2 * each)
         return cls(choose_devices(devices, 2 * each if two else each, machine), components, **options)
 
-    def without(self, rank: int) -> SplitPlan:
-        """The plan on the devices that are left when that of a rank is lost: components of another number are cut
-        where they were not asked to be."""
-        left = self.devices[:rank] + self.devices[rank + 1 :]
-        stride = min(self.stride, len(left))
+    def without(self, lost: Container[int]) -> SplitPlan:
+        """The plan on the devices that are left when those of some ranks are lost, and no more of them than it uses.
+
+        Stride 2 goes before a component does, because a component has memory that the others may not have.
+        """
+        left = tuple(device for rank, device in enumerate(self.devices) if rank not in lost)
+        stride = self.stride if len(left) >= max(2, self.degree) + self.stride - 1 else 1
         degree = min(self.degree, len(left) - stride + 1)
-        lanes = "auto" if len(left) % 2 and self.cfg_lanes == "on" else self.cfg_lanes
-        each = degree + stride - 1
-        if degree and (lanes == "off" or len(left) < 2 * each):
-            left = left[:each]
+        lanes = "auto" if self.cfg_lanes == "on" and len(left) % 2 else self.cfg_lanes
+        if degree:
+            each = degree + stride - 1
+            left = left[: each if lanes == "off" or len(left) < 2 * each else 2 * each]
         cut = self.cut if degree and degree == self.degree else ""
         return replace(self, devices=left, degree=degree, stride=stride, cfg_lanes=lanes, cut=cut)
 

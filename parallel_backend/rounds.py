@@ -106,6 +106,7 @@ class Rounds:
         self._carry_on = carry_on
         self._rolling = rolling
         self._schedule: tuple[Guard, Predictor] | None = None
+        self._began = 0
         self._answers: list[Outputs] = []
         self._scout: Scout | None = None
         self._under_way: list[_UnderWay] = []
@@ -114,16 +115,17 @@ class Rounds:
     def ask(self, question: Question) -> Outputs:
         """The fresh outputs for what the true sampler asks next."""
         index = len(self._answers)
-        try:
-            if self._schedule:
+        outputs = None
+        if self._schedule:
+            try:
                 outputs = self._in_rounds(index, question, *self._schedule)
-            else:
-                outputs = self._alone(index, question, begins=index == 0)
-        except LeapfrogError as error:
-            if not self._carry_on(error):
-                raise
-            self.close()
-            outputs = self._alone(index, question, begins=True)
+            except LeapfrogError as error:
+                if not self._carry_on(error):
+                    raise
+                self.close()
+                self._began = index
+        if outputs is None:
+            outputs = self._alone(index, question)
         self._answers.append(outputs)
         self.taken.asked += 1
         return outputs
@@ -132,14 +134,15 @@ class Rounds:
         """End all that is under way."""
         while self._under_way:
             self._under_way.pop().evaluation.drop()
+        self._spare = None
         if self._scout:
             self._scout.drop()
             self._scout = None
 
-    def _alone(self, index: int, question: Question, begins: bool) -> Outputs:
+    def _alone(self, index: int, question: Question) -> Outputs:
         self.taken.count += 1
         outputs = self._evaluate(question)
-        if begins:
+        if index == self._began:
             self._section = self._section_of(question.level)
             self._schedule = self._make_schedule()
             if self._schedule:
@@ -204,7 +207,7 @@ class Rounds:
         """
         assert self._scout
         found: list[_UnderWay] = []
-        for lane in range(guard.length(index)):
+        for lane in range(guard.length(index - self._began)):
             if self._section_of(question.level) != self._section:
                 return found[:-1], None
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,22 +79,17 @@ class SplitDenoiser(RemoteDenoiser):
         self._pipelines: list[list[int]] = []
         self._forget_streams()
 
-    def _do_without(self, rank: int) -> None:
-        self._take(self.plan.without(rank))
-
-    def _take_all_devices(self) -> None:
-        super()._take_all_devices()
-        if self.plan is not self._wanted:
-            self._take(self._wanted)
+    def _take_devices(self, lost: Set[int]) -> None:
+        super()._take_devices(lost)
+        self._take(self._wanted.without(lost) if lost else self._wanted)
 
     def begin_run(self) -> None:
         super().begin_run()
-        self._pipelines = []
-        self._forget_streams()
 
     def end_run(self) -> None:
         self._forget_streams()
-        if self.plan.mode in STALE_MODES and self.report and "async" not in self.report.calls.values():
+        stale = self.plan.mode in STALE_MODES and self.components > 1
+        if stale and self.report and "async" not in self.report.calls.values():
             self.note("no step was asynchronous: take fewer warmup_steps, or a larger drift_bound")
         if self.report and self.report.calls:
             self._show("; ".join([self.report.summary(), *self.report.notes]))
@@ -198,7 +193,8 @@ class SplitDenoiser(RemoteDenoiser):
         if how.rest:
             return self._rests.pop(how.stream)
         at_last = self.components - 1
-        two_steps = not how.exact and self.plan.stride == 2
+        exact = how.exact or (self.components == 1 and self.plan.stride == 1)  # one device has nothing stale
+        two_steps = not exact and self.plan.stride == 2
         room = room_for_output(x)
         messages = {}
         for at, (pipeline, payload) in enumerate(zip(pipelines, payloads, strict=True)):
@@ -206,11 +202,11 @@ class SplitDenoiser(RemoteDenoiser):
                 messages[rank] = Evaluate(
                     inputs=payload, out=out + room * (at * self.plan.stride + max(0, position - at_last)),
                     out_size=room, run=self._run, stream=how.stream, layout=number,
-                    flow=None if (number, rank) in learnt else flow, exact=how.exact, measure=how.measure,
+                    flow=None if (number, rank) in learnt else flow, exact=exact, measure=how.measure,
                     extrapolate=self.plan.mode == "extrapolated",
-                    time=self._time(times, how.exact, two_steps and position <= at_last),
+                    time=self._time(times, exact, two_steps and position <= at_last),
                 )  # fmt: skip
-        kind = "ahead" if ahead else "exact" if how.exact else "async"
+        kind = "ahead" if ahead else "exact" if exact else "async"
         finals = [pipeline.ranks[-1] for pipeline in pipelines]
         sent_at = time.perf_counter()
         call = self._submit(pool, messages, payloads[0], kind, tick)

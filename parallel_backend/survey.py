@@ -73,6 +73,10 @@ class Survey(LanesDenoiser):
             f"{len(facts.units)} units, {facts.nbytes / 1e9:.2g} GB."
         )
 
+    def carry_on(self, error: LeapfrogError) -> bool:
+        """Not without a device that was to be measured."""
+        return False
+
     def submit(
         self, inputs: Any, x: Any, group: int, patches: Patches, tick: Tick, alone: bool = False, lanes: int = 1
     ) -> Any:

@@ -271,22 +271,21 @@ class Campaign:
         self.comfy.start_again()
 
     def _restart(self) -> None:
+        self._stop()
+        self.comfy.start_again()
+
+    def _stop(self) -> None:
+        self.figures.finished += self.server.log.count("The run is finished on")
         try:
             self.server.stop()
         except ServerError as error:
             self.figures.orphans += 1
             self._say(f"ORPHANS: {error}")
-        self.comfy.start_again()
 
     def close(self) -> None:
         """End the server and look once more for what is left of it."""
         self._segments |= segments(self.server.pid)
-        self.figures.finished = self.server.log.count("The run is finished on")
-        try:
-            self.server.stop()
-        except ServerError as error:
-            self.figures.orphans += 1
-            self._say(f"ORPHANS: {error}")
+        self._stop()
         lost = [name for name in self._segments if (SHARED_MEMORY / name).exists()]
         names = [path.name for path in (self.comfy.base / "tmp").iterdir()]
         files = [name for name in names if not name.startswith("torchinductor_")]  # PyTorch's, of its own accord
@@ -319,8 +318,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--count", type=int, default=200, help="faults to inject")
     parser.add_argument("--seed", type=int, default=5)
-    parser.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
-    parser.add_argument(
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--kinds", default=",".join(KINDS), help="comma-separated")
+    what.add_argument(
         "--carry-on", action="store_true", help="break ranks only: with LEAPFROG_CARRY_ON no picture may be lost"
     )
     args = parser.parse_args()

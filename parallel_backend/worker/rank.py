@@ -18,7 +18,7 @@ import torch
 
 from ..channel import Channel
 from ..courier import RankCourier
-from ..devices import machine_of
+from ..devices import kind_of, machine_of
 from ..errors import ErrorReport, LeapfrogError
 from ..handshake import knock
 from ..protocol import (
@@ -76,6 +76,8 @@ def run_rank(orders: bytes, host_gone: Callable[[], None]) -> None:
 
 def _start(spec: LaunchSpec, channel: HostLine) -> Rank:
     store, port = open_store(spec.world, spec.address) if spec.rank == 0 else (None, 0)
+    if kind_of(spec.device).startswith("cuda") and not torch.cuda.is_available():
+        raise LeapfrogError.of("device_fault", f"{spec.device} cannot be used (any more).")
     from .models.boot import boot_comfy
 
     device = boot_comfy(spec.comfy_args)

@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
+import comfy.samplers
 import comfy.sd
 import psutil
 import pytest
 import torch
 from comfy_execution.utils import CurrentNodeContext
+from comfy_extras.nodes_custom_sampler import DualModelGuider
 
 import tiny_models
-from generation import Request, distance, generate
+from generation import Request, distance, generate, prompt
 from leapfrog.parallel_backend import LeapfrogError, denoiser, supervisor
 from leapfrog.parallel_backend.pool import Pool
 from ranks import EXACT, load, parastep, reference, split, the_pool, with_lora
@@ -173,7 +175,7 @@ def test_a_picture_is_finished_on_the_device_that_is_left(run: Run, caplog: pyte
     made = run(Request(), on_step=lose({2: 0}, seen))
     assert distance(made, wanted) < max(EXACT, 1.01 * distance(expected, wanted))
     assert (seen[0], seen[-1]) == (2, 1)
-    assert "(rank 0, denoiser call " in caplog.text
+    assert "ended by SIGKILL" in caplog.text
     assert "without rank 0 on " in caplog.text
     assert torch.equal(run(Request()), expected)
     assert len(the_pool().pids) == 2
@@ -190,6 +192,24 @@ def test_one_rank_after_another_is_lost():
         generate(model, Request(), on_step=lose({1: 2, 2: 0, 3: 0}, seen))
     assert raised.value.report.code == "rank_died", "no other is left"
     assert distance(generate(model, Request()), reference(Request())) < EXACT
+
+
+@pytest.mark.usefixtures("carries_on")
+def test_who_shares_the_ranks_with_another_run_does_not_go_on_alone():
+    """One of a guider's two models would start ranks on its devices in step after step, and the other on all."""
+    models = [split(load("flux"), mode="lookahead", warmup=1) for _ in range(2)]
+    guider = DualModelGuider.execute(models[0], prompt(1), 3.0, models[1], prompt(100)).args[0]
+    noise, sigmas = torch.randn(1, 16, 8, 8), torch.linspace(1, 0, 7)
+
+    def sample(on_step: Callable[..., None] | None = None) -> torch.Tensor:
+        with torch.inference_mode():
+            euler = comfy.samplers.sampler_object("euler")
+            return guider.sample(noise, torch.zeros_like(noise), euler, sigmas, callback=on_step, seed=5)
+
+    expected = sample()
+    with Failing("rank_died", 1):
+        sample(lose({2: 1}, []))
+    assert torch.equal(sample(), expected)
 
 
 @pytest.mark.usefixtures("carries_on")

@@ -11,9 +11,11 @@ from pathlib import Path
 import comfy.model_management
 import psutil
 import pytest
+import torch
 
 from campaign import wait_until
 from generation import Request, distance, generate
+from leapfrog.nodes.recipe import comfy_host
 from leapfrog.parallel_backend import ComfyHost, LeapfrogError, starting, supervisor
 from ranks import EXACT, load, reference, split, the_pool
 
@@ -88,3 +90,18 @@ def test_a_rank_that_ends(monkeypatch: pytest.MonkeyPatch):
     once_they_start(lambda: psutil.Process(the_pool().pids[1]).kill())
     with pytest.raises(LeapfrogError, match=r"A rank was ended by SIGKILL.* at its start\. \(rank 1\)"):
         prompt()
+
+
+@pytest.mark.parametrize("mode", ["exact", "lookahead"])
+def test_one_that_ends_at_its_start_is_done_without(mode: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("LEAPFROG_CARRY_ON", "1")
+    once_they_start(lambda: psutil.Process(the_pool().pids[1]).kill())
+    assert distance(generate(split(load("flux"), mode=mode), Request()), reference(Request())) < EXACT
+    assert not [pool for pool in supervisor._pools.values() if pool.alive], "the next run has all devices again"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_gone():
+    with pytest.raises(LeapfrogError) as caught:
+        supervisor.acquire(("cuda:0",), comfy_host(), lambda: None, User())
+    assert (caught.value.report.code, caught.value.report.rank) == ("device_fault", 0)

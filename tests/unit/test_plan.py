@@ -140,20 +140,22 @@ THREE, FOUR = ("cuda:0", "cuda:1", "cuda:2"), ("cuda:0", "cuda:1", "cuda:2", "cu
 
 
 @pytest.mark.parametrize(
-    ("plan", "rank", "left"),
+    ("plan", "lost", "left"),
     [
-        (SplitPlan(THREE), 1, SplitPlan(("cuda:0", "cuda:2"))),
-        (SplitPlan(THREE, 3, cut="3,5"), 0, SplitPlan(THREE[1:], 2)),
-        (SplitPlan(FOUR, 2, cut="3"), 0, SplitPlan(("cuda:1", "cuda:2"), 2, cut="3")),
-        (SplitPlan(FOUR, 1), 3, SplitPlan(THREE, 1)),
-        (SplitPlan(FOUR, cfg_lanes="on"), 3, SplitPlan(THREE)),
-        (SplitPlan(THREE, 2, mode="asyncdiff", stride=2), 2, SplitPlan(THREE[:2], 1, mode="asyncdiff", stride=2)),
-        (SplitPlan(THREE[:2], 1, mode="asyncdiff", stride=2), 0, SplitPlan(THREE[1:2], 1, mode="asyncdiff")),
+        (SplitPlan(THREE), {1}, SplitPlan(("cuda:0", "cuda:2"))),
+        (SplitPlan(THREE, 3, cut="3,5"), {0}, SplitPlan(THREE[1:], 2)),
+        (SplitPlan(FOUR, 2, cut="3"), {0}, SplitPlan(("cuda:1", "cuda:2"), 2, cut="3")),
+        (SplitPlan(FOUR, 2, cut="3"), {0, 2}, SplitPlan(("cuda:1", "cuda:3"), 2, cut="3")),
+        (SplitPlan(FOUR, 1), {3}, SplitPlan(THREE[:2], 1)),
+        (SplitPlan(FOUR, cfg_lanes="on"), {3}, SplitPlan(THREE)),
+        (SplitPlan(FOUR, 2, mode="asyncdiff", stride=2), {3}, SplitPlan(THREE, 2, mode="asyncdiff", stride=2)),
+        (SplitPlan(THREE, 2, mode="asyncdiff", stride=2), {2}, SplitPlan(THREE[:2], 2, mode="asyncdiff")),
+        (SplitPlan(THREE, mode="asyncdiff", stride=2), {2}, SplitPlan(THREE[:2], mode="asyncdiff")),
+        (SplitPlan(THREE[:2], 1, mode="asyncdiff", stride=2), {0}, SplitPlan(THREE[1:2], 1, mode="asyncdiff")),
     ],
 )
-def test_the_plan_on_the_devices_that_are_left(plan: SplitPlan, rank: int, left: SplitPlan):
-    """Of three devices, one component each and two conditionings, the third has nothing to do."""
-    assert plan.without(rank) == left
+def test_the_plan_on_the_devices_that_are_left(plan: SplitPlan, lost: set[int], left: SplitPlan):
+    assert plan.without(lost) == left
 
 
 def test_a_single_device_is_a_plan_of_one():
