@@ -166,6 +166,22 @@ def test_a_machine_is_lost_and_comes_back(machine: OtherMachine):
     assert machine.ranks()[0].parent() == joiner
 
 
+def test_a_picture_is_finished_without_the_machine_that_is_lost(
+    machine: OtherMachine, monkeypatch: pytest.MonkeyPatch
+):
+    assert right()
+    monkeypatch.setenv("LEAPFROG_CARRY_ON", "1")
+
+    def on_step(step: int, *_: object) -> None:
+        if step == 2:
+            machine.ip("link", "set", machine.there, "down")
+
+    assert distance(sample(on_step), reference(Request())) < EXACT
+    assert not [pool for pool in supervisor._pools.values() if pool.alive]
+    machine.ip("link", "set", machine.there, "up")
+    assert right()
+
+
 @pytest.mark.parametrize("how", ["netem delay 40ms", "tbf rate 4mbit burst 16kb latency 400ms"])
 def test_a_slow_link(machine: OtherMachine, how: str):
     assert right()
