@@ -135,7 +135,8 @@ class Work:
         if options.only.pattern:  # the tables' own words go on
             rows = merged(read(options.out / f"{name}.csv"), rows)
             about, command = about_and_command(options.out / f"{name}.md")
-            about += f"; since then `{options.command}`"
+            since = f"; since then `{options.command}`"
+            about = about.replace(since, "") + since  # this table may have been written before
         write(options.out, name, facts.title, about, command, sorted(rows, key=place))
         write_summary(options.out)
 

@@ -126,36 +126,61 @@ def way_of(row: Row) -> str:
     return row.mode.partition(", threshold")[0]
 
 
+# The colours, lines and markers of the curves of a family, which differ in shade and marker.
+FAMILIES = {
+    "Async UNet Split": ("autumn", "-", "osD^vP"),
+    "ParaStep": ("winter", "-", "osD^vP"),
+    "ParaStep without a guard": ("cool_r", "-", "osD^vP"),
+    "one device": ("gist_gray", "--", "x+1"),
+}
+
+
+def family_of(row: Row) -> str:
+    if row.degree is None:
+        return "one device"
+    if not row.mode.startswith("ParaStep"):
+        return "Async UNet Split"
+    unguarded = "unguarded" in row.mode or row.mode.endswith("as published")
+    return "ParaStep without a guard" if unguarded else "ParaStep"
+
+
 def draw(path: Path, title: str, rows: Sequence[Row]) -> None:
-    """PSNR against ideal speed: a curve for each way, a field for each number of steps."""
+    """PSNR against ideal speed: a curve for each way, a field for each number of steps. Without what is all but the
+    same picture."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
     counts = list(dict.fromkeys(row.of for row in rows))
-    names = list(dict.fromkeys(way_of(row) for row in rows))
+    families: dict[str, list[str]] = {}
+    for row in rows:
+        if way_of(row) not in (names := families.setdefault(family_of(row), [])):
+            names.append(way_of(row))
     figure, fields = pyplot.subplots(1, len(counts), figsize=(max(10, 6 * len(counts)), 5.5), squeeze=False)
     for field, of in zip(fields[0], counts, strict=True):
         ways: dict[str, list[Row]] = {}
         for row in rows:
-            if row.of == of and row.speed > 1 and row.psnr < SAME:
+            if row.of == of and row.speed > 1 and row.psnr < SAME - 1:
                 ways.setdefault(way_of(row), []).append(row)
         for mode, points in ways.items():
             points.sort(key=lambda row: row.speed)
-            line_style, marker = ("--", "x") if points[0].degree is None else ("-", "o")
+            family = family_of(points[0])
+            shades, line_style, markers = FAMILIES[family]
+            number, count = families[family].index(mode), len(families[family])
             field.errorbar(
                 [row.speed for row in points], [row.psnr for row in points], [row.psnr_ci for row in points],
-                label=mode, color=f"C{names.index(mode) % 10}", linestyle=line_style, marker=marker,
-                markersize=4, linewidth=1, capsize=2,
+                label=mode, color=mpl.colormaps[shades](0.75 * number / max(1, count - 1)), linestyle=line_style,
+                marker=markers[number % len(markers)], markersize=5, linewidth=1, capsize=2,
             )  # fmt: skip
         field.set(title=f"{of} steps", xlabel="ideal speed against one device", ylabel="PSNR to the same steps, dB")
         field.grid(alpha=0.3)
     handles = {
         label: handle for field in fields[0] for handle, label in zip(*field.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(handles.values(), handles.keys(), loc="lower center", ncol=4, fontsize=8, frameon=False)
+    drawn = [name for names in families.values() for name in names if name in handles]
+    figure.legend([handles[name] for name in drawn], drawn, loc="center right", fontsize=8, frameon=False)
     figure.suptitle(title)
-    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    figure.tight_layout(rect=(0, 0, 1 - 2.3 / figure.get_figwidth(), 1))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
