@@ -195,12 +195,12 @@ def test_the_ranks_stay_for_the_next_sampler_as_long_as_the_model_lives():
     request = Request(steps=4)
     first = parastep(1)
     generate(model, request, first)
-    denoiser = weakref.ref(first._denoiser)
+    denoiser = weakref.ref(first.denoiser)
     del first
     gc.collect()
     assert denoiser() in the_pool().users
     generate(model, request, second := parastep(2))
-    assert second._denoiser is denoiser()
+    assert second.denoiser is denoiser()
     del model, second
     gc.collect()
     assert denoiser() is None
