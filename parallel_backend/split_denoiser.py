@@ -83,9 +83,6 @@ class SplitDenoiser(RemoteDenoiser):
         super()._take_devices(lost)
         self._take(self._wanted.without(lost) if lost else self._wanted)
 
-    def begin_run(self) -> None:
-        super().begin_run()
-
     def end_run(self) -> None:
         self._forget_streams()
         stale = self.plan.mode in STALE_MODES and self.components > 1

@@ -136,6 +136,7 @@ FAMILIES = {
 
 
 def family_of(row: Row) -> str:
+    """The family of the row's curve."""
     if row.degree is None:
         return "one device"
     if not row.mode.startswith("ParaStep"):
