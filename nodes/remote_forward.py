@@ -74,6 +74,8 @@ def evaluate(denoiser: Remote, patcher: comfy.model_patcher.ModelPatcher, args: 
     options = kwargs.get("transformer_options", {})
     going = travelling_options(options)
     refuse_inside(going, denoiser)
+    if kwargs.get("control"):
+        denoiser.note("ControlNets are no faster: they run on ComfyUI's own device, one evaluation after another")
     tick = comfy.model_management.throw_exception_if_processing_interrupted
     patches = patches_of(patcher)
     submit: Callable[[], Any]

@@ -106,7 +106,8 @@ class RoundsSampler(AheadSampler):
             plan = plan.calibrated(kept, denoiser.recipe, name, short, self._tell)
             denoiser.note(f"drift bound {plan.bound:.2g} for this model")
         plan = replace(plan, devices=denoiser.devices)  # some may be lost by now
-        self._tell(f"ParaStep: {plan.promise(steps, conditionings, denoiser.pictures)}")
+        promise = plan.promise(steps, conditionings, denoiser.pictures)
+        self._tell("ParaStep: " + "; ".join([promise, *denoiser.notes]))
         return plan.schedule(conditionings)
 
     def _denoiser_for(self, guider: Any, x: torch.Tensor) -> LanesDenoiser:

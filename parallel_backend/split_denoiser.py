@@ -239,8 +239,9 @@ class SplitDenoiser(RemoteDenoiser):
             said = self.plan.promise(
                 self.steps, len(self._pipelines), self.components, chosen.slowest if chosen else 1.0
             )
-            log.info("Leapfrog: %s: %s", self.title, said)
-            self._show(f"{self.title}: {said}")
+            said = f"{self.title}: " + "; ".join([said, *self.notes])
+            log.info("Leapfrog: %s", said)
+            self._show(said)
         return asked or held != wanted
 
     def _chosen_cut(self, pool: Pool, payload: Payload, patches: Patches, tick: Tick) -> tuple[Chosen, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
@@ -210,6 +211,15 @@ class TestControlNet:
         assert distance(theirs, plain("unet")) > VISIBLE
         assert distance(theirs, sample(load("unet"), *both)) > VISIBLE
         assert distance(sample(split(load("unet"), mode="exact"), *conditioning), theirs) < EXACT
+
+    def test_the_user_is_told_that_it_is_no_faster(self, caplog: pytest.LogCaptureFixture):
+        caplog.set_level(logging.INFO, "leapfrog")
+        sample(split(load("flux"), mode="lookahead"), *self.controlled("flux"))
+        before = next(text for text in caplog.messages if "Async UNet Split: at most" in text)
+        assert "ControlNets are no faster" in before
+        caplog.clear()
+        sample(split(load("flux"), mode="lookahead"))
+        assert "ControlNets" not in caplog.text
 
     def test_two_of_them_and_a_lora_and_a_batch(self):
         conditioning = stock.ControlNetApplyAdvanced().apply_controlnet(

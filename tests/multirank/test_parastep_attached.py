@@ -41,9 +41,9 @@ import tiny_models
 import trained
 from generation import Conditioning, Request, distance, generate, noise, prompt
 from leapfrog.nodes import ahead, rounds_sampler
-from leapfrog.parallel_backend import LeapfrogError
+from leapfrog.parallel_backend import LanesPlan, LeapfrogError
 from leapfrog.parallel_backend.pool import State
-from ranks import EXACT, load, parastep, reference, split, the_pool, with_lora
+from ranks import EXACT, devices, load, parastep, reference, split, the_pool, with_lora
 
 stock: Any = import_module("nodes")  # ComfyUI's, which a type checker takes for ours
 context_windows: Any = ContextWindowsManualNode.execute
@@ -222,6 +222,15 @@ def test_prompts_with_something_attached(name: str, monkeypatch: pytest.MonkeyPa
     family, make = PROMPTS[name]
     conditioning = make()
     check(lambda: cfg_guider(load(family), *conditioning), plain(family), monkeypatch, near=0.75)
+
+
+def test_what_a_controlnet_gains_is_told_before():
+    told: list[str] = []
+    plan = LanesPlan.choose(devices(2), lanes=2)
+    sampler = rounds_sampler.in_rounds(plan, comfy.samplers.sampler_object("euler"), told.append)
+    sample(cfg_guider(load("flux"), *controlled("flux", 0.0, 1.0)), sampler)
+    assert told[0].startswith("ParaStep: at most ")
+    assert "ControlNets are no faster" in told[0]
 
 
 @cache
