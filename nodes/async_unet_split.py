@@ -143,7 +143,8 @@ class AsyncUNetSplit(io.ComfyNode):
         drift_bound: float = SplitPlan.DRIFT_BOUND, time_shift: bool = False, cut: str = "", balance: str = "speed",
     ) -> io.NodeOutput:  # fmt: skip
         if isinstance(model, StandInPatcher):
-            raise LeapfrogError.of("unsupported_patch", "This MODEL has been split already.")
+            message = "This MODEL has been split already; take one of the two nodes out."
+            raise LeapfrogError.of("unsupported_patch", message)
         plan = SplitPlan.choose(
             devices, components, warmup=warmup_steps, mode=mode, cfg_lanes=cfg_lanes, bound=drift_bound,
             time_shift=time_shift, cut=cut, stride=stride, balance=balance, own=own_device(),

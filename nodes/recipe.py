@@ -178,7 +178,8 @@ def _plain_patch(key: str, patch: tuple) -> tuple:
     if isinstance(value, list):
         raise LeapfrogError.of(
             "unsupported_patch",
-            f"This MODEL is a merge of several (ModelMerge): {key} needs weights of another one.",
+            f"This MODEL is a merge of several (ModelMerge): {key} needs weights of another one. Save it with "
+            "ModelSave and load that file.",
         )
     if isinstance(value, tuple) and isinstance(value[0], str) and value[0] == "model_as_lora":
         raise LeapfrogError.of(

@@ -54,7 +54,7 @@ def refuse_inside(options: dict[str, Any], denoiser: Remote) -> None:
         raise LeapfrogError.of(
             "unsupported_patch",
             "A node on this MODEL mixes prompt and negative prompt inside the denoiser (NAGuidance does); ParaStep "
-            "Sampler evaluates them on different devices.",
+            "Sampler evaluates them on different devices. Async UNet Split can use it.",
         )
     if isinstance(denoiser, SplitDenoiser) and any(f'"{module}"' in inside["text"] for module in RESHAPING):
         raise LeapfrogError.of(

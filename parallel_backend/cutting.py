@@ -39,7 +39,7 @@ def choose_cut(
 
     ``traces[rank]`` is what each rank measured, ``pipelines`` the ranks of each in the order of their components.
     Where the plan balances memory, no rank holds more than its share of the weights by a tenth of them. Raises
-    LeapfrogError bad_plan where the components do not fit their devices, or for a cut that cannot be.
+    LeapfrogError no_fit where the components do not fit their devices, bad_plan for a cut that cannot be.
     """
     units = [unit.path for unit in traces[0].units]
     components = plan.components(pipelines[0])
@@ -58,7 +58,7 @@ def choose_cut(
     try:
         bounds = best_bounds(costs, nbytes, traces[0].shared, limits, stem, head, plan.balance)
     except ValueError as error:
-        raise LeapfrogError.of("bad_plan", f"{error}.") from None
+        raise LeapfrogError.of("no_fit", f"The model's weights do not fit these devices: {error}.") from None
     share = slowest_share(costs, bounds, stem=stem, head=head)
     if (
         current
@@ -125,7 +125,7 @@ def _bounds_by_hand(text: str, units: int, components: int) -> list[tuple[int, i
     if len(starts) != components or sorted(set(starts)) != starts or starts[-1] >= units:
         raise LeapfrogError.of(
             "bad_plan",
-            f"cut '{text}' must name the first unit of each of the {components - 1} later components, rising, below "
-            f"{units}.",
+            f"cut '{text}': {components} components need {components - 1} rising number(s) from 1 to {units - 1}, the "
+            "first unit of each component but the first.",
         )
     return [(first, after - 1) for first, after in zip(starts, [*starts[1:], units], strict=True)]

@@ -45,19 +45,20 @@ def this_machine() -> Machine:
     return Machine(cuda=cuda, cores=cores)
 
 
-def choose_devices(text: str, wanted: int, machine: Machine) -> tuple[str, ...]:
+def choose_devices(text: str, wanted: int, machine: Machine, what: str = "") -> tuple[str, ...]:
     """The devices of a pool, one per rank, such as ``("cuda:0", "cuda:1")`` or ``("cpu", "cpu")``.
 
     ``text`` is what the user wrote: "auto", "0,1", "cuda:1", "cpu,cpu", "0,b/0" (of machine b). ``wanted`` is the
-    number of ranks, 0 for "as many as there are devices". "auto" takes this machine's CUDA devices if there are any and
-    ComfyUI is not told to leave them alone, else two ranks on the CPU where it has two cores. One device comes back
-    where there is no second to use, and where ComfyUI computes on one that is neither.
+    number of ranks, 0 for "as many as there are devices", and ``what`` the user's words for them. "auto" takes this
+    machine's CUDA devices if there are any and ComfyUI is not told to leave them alone, else two ranks on the CPU where
+    it has two cores. One device comes back where there is no second to use, and where ComfyUI computes on one that is
+    neither.
 
     Raises LeapfrogError: bad_devices for a name that means nothing here, bad_plan for more ranks than devices,
     bad_machines where the file of machines is needed and cannot be used.
     """
     if text.strip().lower() == "auto":
-        return _auto_devices(wanted, machine)
+        return _auto_devices(wanted, machine, what)
     named = tuple(_device(part.strip(), text, machine) for part in text.split(","))
     repeated = sorted({d for d in named if kind_of(d) != CPU and named.count(d) > 1})
     if repeated and not shares_gpu():
@@ -66,26 +67,26 @@ def choose_devices(text: str, wanted: int, machine: Machine) -> tuple[str, ...]:
         )
     if wanted > len(named):
         raise LeapfrogError.of(
-            "bad_plan", f"{wanted} ranks need {wanted} devices, but devices '{text}' names {len(named)}."
+            "bad_plan", f"{what}: {wanted} devices are needed, but devices '{text}' names {len(named)}."
         )
     return named[:wanted] if wanted else named
 
 
-def _auto_devices(wanted: int, machine: Machine) -> tuple[str, ...]:
+def _auto_devices(wanted: int, machine: Machine, what: str) -> tuple[str, ...]:
     if machine.own not in ("", CPU, "cuda"):
         return (machine.own,)
     if machine.cuda and machine.own != CPU:
         if wanted > machine.cuda:
             raise LeapfrogError.of(
-                "bad_plan", f"{wanted} ranks need {wanted} GPUs, but this machine has {machine.cuda}."
+                "bad_plan", f"{what}: {wanted} GPUs are needed, but this machine has {machine.cuda}."
             )
         return tuple(f"cuda:{i}" for i in range(wanted or machine.cuda))
     if wanted > machine.cores:
         names = ",".join([CPU] * wanted)
         raise LeapfrogError.of(
             "bad_plan",
-            f"{wanted} ranks on a CPU of {machine.cores} cores would slow each other down; write devices '{names}' "
-            "if that is what you want.",
+            f"{what}: {wanted} ranks on a CPU of {machine.cores} cores would slow each other down; write devices "
+            f"'{names}' if that is what you want.",
         )
     return (CPU,) * (wanted or min(2, machine.cores))
 

@@ -19,6 +19,10 @@ HINTS = {
         "Start ComfyUI with --bf16-unet or --fp16-unet, so that all devices compute alike, or name devices of one kind."
     ),
     "bad_plan": "Correct it on the node. If a number is too high, lower it or name more devices.",
+    "no_fit": (
+        "Name more devices and raise components, free memory on them (85 % of what is free is taken), or take a "
+        "smaller file, for example in fp8."
+    ),
     "no_recipe": (
         "Leapfrog rebuilds the denoiser in its ranks from the file it came from. Use a stock loader "
         "(Load Diffusion Model, Load Checkpoint) in front of this node, and a safetensors file in place of a GGUF one."
@@ -27,19 +31,27 @@ HINTS = {
     "unsupported_patch": "Remove the node that adds it, or take Leapfrog's node out of this workflow.",
     "unsupported_sampler": "Choose one that KSamplerSelect offers, or take Leapfrog's node out of this workflow.",
     "missing_file": "Put the file back, or choose another one in the loader.",
+    "bad_file": (
+        "The file is damaged, or was replaced while it was in use. Copy or download it again, then queue the prompt "
+        "again."
+    ),
     "unknown_folder": (
         "Put the file into one of ComfyUI's folders for models, such as models/diffusion_models, or name its folder in "
         "extra_model_paths.yaml."
     ),
     "rank_start": (
-        "A free port on 127.0.0.1 and enough memory are needed. LEAPFROG_START_TIMEOUT (seconds) gives slow disks more "
-        "time."
+        "A free port on this machine's address (127.0.0.1 where there is only one machine) and enough memory are "
+        "needed. LEAPFROG_START_TIMEOUT (seconds) gives slow disks more time."
     ),
     "rank_died": (
         "The next prompt starts a new pool. If it dies again, the rank's last lines say why. With LEAPFROG_CARRY_ON=1 "
         "a picture is finished on the devices that are left."
     ),
-    "rank_timeout": "The next prompt starts a new pool. LEAPFROG_STEP_TIMEOUT (seconds) raises the limit.",
+    "rank_timeout": (
+        "The next prompt starts a new pool. The first evaluation of a size, loading and measuring may take "
+        "LEAPFROG_STEP_TIMEOUT (600) seconds, later evaluations 20 times as long as the slowest before, and at least "
+        "30 seconds. ComfyUI's log may say what hung."
+    ),
     "device_fault": (
         "The device failed, or code on it read what is not there; the system's log (dmesg, Xid) may say more. The next "
         "prompt starts a new pool. With LEAPFROG_CARRY_ON=1 a picture is finished on the devices that are left."
@@ -54,6 +66,7 @@ HINTS = {
     "not_finite": (
         "If ComfyUI alone draws a black picture, too, the model needs another precision (--bf16-unet, --fp32-unet)."
     ),
+    "comfyui_changed": "ComfyUI's own files have changed since it was started. Restart it.",
     "layout_changed": "Queue the prompt again: the denoiser will be looked at anew.",
     "rank_error": "Please report it with the workflow and the log.",
 }
@@ -88,6 +101,10 @@ class ErrorReport(msgspec.Struct, frozen=True):
         if self.log:
             lines += [f"The last lines of rank {self.rank}:", *(f"  {line}" for line in self.log)]
         return "\n".join(lines)
+
+
+class UnreadableFile(ValueError):
+    """A model's file that a rank cannot read."""
 
 
 class LeapfrogError(RuntimeError):

@@ -99,7 +99,8 @@ class SplitPlan:
             return cls(there, 0, **options)
         each = components + stride - 1
         two = cfg_lanes == "on" or (cfg_lanes == "auto" and len(there) >= 2 * each)
-        return cls(choose_devices(devices, 2 * each if two else each, machine), components, **options)
+        what = f"components {components}, stride {stride}, cfg_lanes '{cfg_lanes}'"
+        return cls(choose_devices(devices, 2 * each if two else each, machine, what), components, **options)
 
     def without(self, lost: Container[int]) -> SplitPlan:
         """The plan on the devices that are left when those of some ranks are lost, and no more of them than it uses.

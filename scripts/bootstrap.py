@@ -173,8 +173,10 @@ def place_models() -> None:
         write_stamp(stamp, key)
 
 
-def place_weights(models: Path, place: Callable[[Path, Path], object]) -> None:
+def place_weights(models: Path, place: Callable[[Path, Path], object], prefix: str = "") -> None:
     for name, folder in WEIGHTS.items():
+        if not name.startswith(prefix):
+            continue
         source = ROOT / "proving/weights" / name
         if not source.is_file():
             raise SetupError(f"{source} is missing: this checkout is not complete")
@@ -190,7 +192,7 @@ def copy_demo_model(models: Path) -> None:
     """The demonstration model in the models folder of a ComfyUI whose Python runs this."""
     if not (models / "diffusion_models").is_dir():
         raise SetupError(f"{models} is not a ComfyUI's models folder (it has no diffusion_models)")
-    place_weights(models, lambda path, source: shutil.copy2(source, path))
+    place_weights(models, lambda path, source: shutil.copy2(source, path), "shapes_")
     generate_text_encoder(models, sys.executable)
 
 

@@ -57,7 +57,8 @@ class Mode:
 
 
 def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
-    """The rows. The last is what a user has without us: the better solver, with as many steps as the same time buys."""
+    """The rows. The last two are what a user has without us: as many steps as the same time buys, of the same solver
+    and of a better one."""
     from leapfrog.parallel_backend import LanesPlan
 
     def graph(name: str, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -69,7 +70,6 @@ def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
 
     plain = {"sample": {"steps": steps}}
     fewer = round(steps / LanesPlan.choose(devices, LANES).ideal_speedup(steps, conditionings=1))
-    baseline = {"sample": {"steps": fewer, "sampler_name": "dpmpp_2m"}}
     lanes = {"sigmas": {"steps": steps}, "sampler": {"devices": devices, "lanes": LANES}}
 
     def split(mode: str, **inputs: Any) -> dict[str, Any]:
@@ -84,7 +84,14 @@ def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
         Mode("Split, exact", split("exact"), ranks),
         Mode("Split, CFG lanes", split("lookahead", components=1), ranks),
         Mode("ParaStep Sampler", graph("parastep_sampler", lanes), min(ranks, 2 * LANES)),
-        Mode(f"ComfyUI, {fewer} steps DPM++ 2M", graph("stock_flux", baseline), 0),
+        *(
+            Mode(
+                f"ComfyUI, {fewer} steps {solver}",
+                graph("stock_flux", {"sample": {"steps": fewer, "sampler_name": name}}),
+                0,
+            )
+            for name, solver in (("euler", "Euler"), ("dpmpp_2m", "DPM++ 2M"))
+        ),
     ]
 
 

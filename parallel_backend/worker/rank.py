@@ -19,7 +19,7 @@ import torch
 from ..channel import Channel
 from ..courier import RankCourier
 from ..devices import kind_of, machine_of
-from ..errors import ErrorReport, LeapfrogError
+from ..errors import ErrorReport, LeapfrogError, UnreadableFile
 from ..handshake import knock
 from ..protocol import (
     Done,
@@ -264,11 +264,14 @@ def _report(error: Exception, rank: int) -> ErrorReport:
     if isinstance(error, LeapfrogError):
         return msgspec.structs.replace(error.report, rank=rank)
     return ErrorReport(
-        code="rank_oom" if _is_oom(error) else "device_fault" if isinstance(error, DEVICE_FAULT) else "rank_error",
-        message=f"{type(error).__name__}: {error}",
+        code="rank_oom" if _is_oom(error)
+        else "device_fault" if isinstance(error, DEVICE_FAULT)
+        else "bad_file" if isinstance(error, UnreadableFile)
+        else "rank_error",
+        message=str(error) if isinstance(error, UnreadableFile) else f"{type(error).__name__}: {error}",
         rank=rank,
         traceback=traceback.format_exc(),
-    )
+    )  # fmt: skip
 
 
 def _is_oom(error: BaseException | None) -> bool:

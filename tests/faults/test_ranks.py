@@ -276,7 +276,7 @@ def test_a_rank_that_cannot_read_its_file(exact: Run, tmp_path: Path):
     torn = path.with_suffix(".part")
     torn.write_bytes(path.read_bytes()[:100_000])
     torn.replace(path)
-    with Failing("rank_error", None) as failing:
+    with Failing("bad_file", None) as failing:
         generate(model, Request())
     assert "torn.safetensors cannot be read" in failing.report.message
     assert "Traceback" in failing.report.traceback

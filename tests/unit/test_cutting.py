@@ -42,7 +42,7 @@ def test_a_device_with_less_memory_gets_what_fits():
     assert cut(traces, [[0, 1]]) == [(0, 3), (4, 5)]
     with pytest.raises(LeapfrogError) as caught:
         cut([seen([1] * 6, free=2 * MB)] * 2, [[0, 1]])
-    assert caught.value.report.code == "bad_plan"
+    assert caught.value.report.code == "no_fit"
 
 
 def test_the_slower_of_two_lanes_counts():

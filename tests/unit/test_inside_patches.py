@@ -432,7 +432,7 @@ def test_a_node_that_another_pack_has_replaced_is_refused(freeu: Any, monkeypatc
         (["function", "shutil", "rmtree.<locals>.f", 1, {}, [None], [None], [None]], TypeError, "shutil"),
         (
             ["function", "comfy_extras.nodes_pag", "PerturbedAttentionGuidance.execute.<locals>.post_cfg_function", 1,
-             {}, [None], [None], [None]], ValueError, "at line 1",
+             {}, [None], [None], [None]], LeapfrogError, "at line 1",
         ),
         (["pickle", "gASV"], ValueError, "unknown kind 'pickle'"),
     ],

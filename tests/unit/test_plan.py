@@ -46,8 +46,8 @@ def test_auto_goes_by_where_comfyui_computes(own: str, devices: tuple[str, ...])
         ("0,2", 0, TWO_GPUS, "bad_devices", "there is no GPU 2; this machine has GPUs 0 to 1."),
         ("0", 0, NO_GPU, "bad_devices", "there is no GPU 0; this machine has no CUDA GPU, only 'cpu'."),
         ("1,1", 0, TWO_GPUS, "bad_devices", "names cuda:1 twice; each rank needs its own GPU."),
-        ("0,1", 3, TWO_GPUS, "bad_plan", "3 ranks need 3 devices, but devices '0,1' names 2."),
-        ("auto", 3, TWO_GPUS, "bad_plan", "3 ranks need 3 GPUs, but this machine has 2."),
+        ("0,1", 3, TWO_GPUS, "bad_plan", "components 3: 3 devices are needed, but devices '0,1' names 2."),
+        ("auto", 3, TWO_GPUS, "bad_plan", "components 3: 3 GPUs are needed, but this machine has 2."),
         (
             "auto",
             5,
@@ -59,7 +59,7 @@ def test_auto_goes_by_where_comfyui_computes(own: str, devices: tuple[str, ...])
 )
 def test_what_cannot_be_had_is_refused_with_the_reason(text: str, wanted: int, machine: Machine, code: str, said: str):
     with pytest.raises(LeapfrogError) as caught:
-        choose_devices(text, wanted, machine)
+        choose_devices(text, wanted, machine, f"components {wanted}")
     assert caught.value.report.code == code
     assert said in str(caught.value)
     assert caught.value.report.hint in str(caught.value)

@@ -66,7 +66,7 @@ class Refused:
     [
         ("cuda:99", 0, "bad_devices", "there is no GPU 99"),
         ("gpu", 0, "bad_devices", "'gpu' is not a device"),
-        ("cpu,cpu", 3, "bad_plan", "3 ranks need 3 devices"),
+        ("cpu,cpu", 3, "bad_plan", "components 3, stride 1, cfg_lanes 'auto': 3 devices are needed, but"),
         (",".join(["cpu"] * 7), 0, "bad_plan", "6 units"),
     ],
 )

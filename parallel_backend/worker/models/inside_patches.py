@@ -17,6 +17,7 @@ import comfy.model_management
 import torch
 from torch.overrides import get_overridable_functions
 
+from ...errors import LeapfrogError
 from ...own_code import OWN_PACKAGES, codes_named, thing_named
 
 KEPT = 8
@@ -180,8 +181,8 @@ def _own_module(name: str) -> ModuleType:
 
 
 def _code(module: ModuleType, qualname: str, line: int) -> CodeType:
-    """The code of the function that starts at that line. Raises ValueError unless there is exactly one."""
+    """The code of the function that starts at that line. Raises LeapfrogError comfyui_changed unless there is one."""
     codes = [code for code in codes_named(vars(module), qualname) if code.co_firstlineno == line]
     if len(codes) != 1:
-        raise ValueError(f"{module.__file__} has no {qualname} at line {line}: was ComfyUI updated? Restart it")
+        raise LeapfrogError.of("comfyui_changed", f"{module.__name__} has no {qualname} at line {line}.")
     return codes[0]

@@ -20,6 +20,7 @@ import comfy.weight_adapter
 import torch
 from safetensors import SafetensorError
 
+from ...errors import UnreadableFile
 from ...protocol import Recipe
 from ...tensors import unflatten
 
@@ -51,11 +52,11 @@ def build(recipe: Recipe, prepare: Prepare, read_weights: bool = True) -> comfy.
 
 
 def _read(path: str) -> Any:
-    """A file's (weights, metadata). Raises ValueError with the file's name where it cannot be read."""
+    """A file's (weights, metadata). Raises UnreadableFile with the file's name where it cannot be read."""
     try:
         return comfy.utils.load_torch_file(path, return_metadata=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise UnreadableFile(f"{path} cannot be read: {error}") from error
 
 
 @contextlib.contextmanager
