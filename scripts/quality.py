@@ -65,6 +65,7 @@ class Work:
     def __init__(self, pool: ProcessPoolExecutor, subject: Subject, options: argparse.Namespace):
         self.name = subject.name
         self._pool, self._subject, self._options = pool, subject, options
+        self._goes_on = bool(options.only.pattern) and (options.out / f"{page_of(self.name, options)}.md").is_file()
         self._splits: list[Batch] = []
         self._modes = [way for way in SPLITS if options.only.search(way.title)]
         few = min(options.degrees)
@@ -131,8 +132,8 @@ class Work:
             f"converged: {CONVERGED[1]} steps of {CONVERGED[0]}; cut at {' or '.join(self._cuts.values())}"
         )
         command = options.command if len(options.models) == 1 else f"{options.command} --models {self.name}"
-        name = f"{self.name}-{options.sampler}"
-        if options.only.pattern:  # the tables' own words go on
+        name = page_of(self.name, options)
+        if self._goes_on:  # the tables' own words, too
             rows = merged(read(options.out / f"{name}.csv"), rows)
             about, command = about_and_command(options.out / f"{name}.md")
             since = f"; since then `{options.command}`"
@@ -161,6 +162,11 @@ class Work:
         return self._pool.submit(quality_bench.pictures, self._subject, alone.made(alone.runs[0]).latents)
 
 
+def page_of(model: str, options: argparse.Namespace) -> str:
+    """The name of a table's files."""
+    return f"{model}-{options.sampler}" + (f"-cfg{options.cfg:g}" if options.cfg else "")
+
+
 def place(row: Row) -> tuple[int, int, int, int]:
     """Where a row stands in its table."""
     ways = [[way.title for way in group] for group in ((Alone(""), EXACT), SPLITS, (EXACT_ROUNDS, *ROUNDS))]
@@ -183,7 +189,7 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 def measure(options: argparse.Namespace, pool: ProcessPoolExecutor, threads: ThreadPoolExecutor) -> None:
     """All models. What a core does next does not depend on the model, so that none waits before the end."""
     calibrate = options.steps[0] if options.calibrate else 0
-    subjects = [Subject(name, options.samples, options.sampler, calibrate) for name in options.models]
+    subjects = [Subject(name, options.samples, options.sampler, calibrate, options.cfg) for name in options.models]
     works = [Work(pool, subject, options) for subject in subjects]
     for what, sensitivity in sorted({known for work in works for known in work.facts.sensitivities.items()}):
         print(f"sensitivity of {what}: {sensitivity:.3g}")
@@ -203,12 +209,13 @@ def main() -> int:
     parser.add_argument("--degrees", type=numbers, default=[2, 4, 8], help="components and lanes")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sampler", default="euler", help="of all but the peers")
+    parser.add_argument("--cfg", type=float, default=0.0, help="in place of what each model is meant for")
     parser.add_argument("--calibrate", action="store_true", help="ParaStep's bounds fitted to the model and sampler")
     parser.add_argument(
         "--only",
         type=re.compile,
         default=re.compile(""),
-        help="ways that match this; their rows of the tables are replaced",
+        help="ways that match this; where there is a table, its rows are replaced",
     )
     parser.add_argument("--cut", nargs="*", default=[], help="of the splits, such as 4 2,4,6, in place of the fastest")
     parser.add_argument("--jobs", type=int, default=cores(), help="worker processes, each with up to 5 GB of ranks")
@@ -216,8 +223,9 @@ def main() -> int:
     options = parser.parse_args()
     options.command = shlex.join(["python", "scripts/quality.py", *sys.argv[1:]])
     for model in options.models if options.only.pattern else ():
-        about, _ = about_and_command(options.out / f"{model}-{options.sampler}.md")
-        if not about.startswith(f"{options.samples} samples"):
+        page = options.out / f"{page_of(model, options)}.md"
+        about = about_and_command(page)[0] if page.is_file() else ""
+        if about and not about.startswith(f"{options.samples} samples"):
             parser.error(f"the table of {model} is of {about.partition(',')[0]}")
     os.environ.setdefault("LEAPFROG_START_TIMEOUT", "1800")  # many ranks start at once on few cores
     os.environ["OMP_NUM_THREADS"] = "1"  # before workers load any library that reads it

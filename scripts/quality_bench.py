@@ -38,12 +38,14 @@ class Subject:
     """A proving model, and what is the same for all samples that it makes.
 
     ``calibrate``: ParaStep's bounds are fitted to the model and sampler, in a run of so many steps; 0: they are not.
+    ``cfg`` 0: what the model is meant for.
     """
 
     name: str
     samples: int
     sampler: str
     calibrate: int
+    cfg: float
 
 
 class Facts(NamedTuple):
@@ -64,6 +66,7 @@ class Bench:
 
         self.subject = subject
         self.ground: Any = GROUNDS[subject.name]()
+        self.cfg = subject.cfg or self.ground.settings.cfg
         prompts, count = Prompts(BASE / "models" / "text_encoders" / "shapes_clip.safetensors"), len(self.ground.asked)
         samples = range(subject.samples)
         self.asked = [self.ground.asked[i * count // min(len(samples), count) % count] for i in samples]
@@ -76,15 +79,15 @@ class Bench:
         import comfy.sample
         import comfy.samplers
 
-        latent, settings, made = torch.zeros(1, *self.ground.latent), self.ground.settings, []
-        sigmas = comfy.samplers.KSampler(model, steps, "cpu", name, settings.scheduler, 1.0, model.model_options).sigmas
+        latent, scheduler, made = torch.zeros(1, *self.ground.latent), self.ground.settings.scheduler, []
+        sigmas = comfy.samplers.KSampler(model, steps, "cpu", name, scheduler, 1.0, model.model_options).sigmas
         sampler = through(comfy.samplers.sampler_object(name))
         for at in part:
             noise = comfy.sample.prepare_noise(latent, SEED + at)
             with torch.inference_mode():
                 made.append(
                     comfy.sample.sample_custom(
-                        model, noise, settings.cfg, sampler, sigmas, self.positive[at], self.negative, latent,
+                        model, noise, self.cfg, sampler, sigmas, self.positive[at], self.negative, latent,
                         disable_pbar=True, seed=SEED + at,
                     )
                 )  # fmt: skip
@@ -147,10 +150,10 @@ def bench_of(subject: Subject) -> Bench:
 def facts(subject: Subject) -> Facts:
     import folder_paths
 
-    ground = bench_of(subject).ground
+    bench = bench_of(subject)
     known = Path(folder_paths.get_user_directory(), "leapfrog", "calibration.json")
     sensitivities = json.loads(known.read_text()) if subject.calibrate else {}
-    return Facts(ground.title, ground.settings.cfg, ground.settings.scheduler, sensitivities)
+    return Facts(bench.ground.title, bench.cfg, bench.ground.settings.scheduler, sensitivities)
 
 
 @_told

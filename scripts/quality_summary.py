@@ -114,7 +114,7 @@ def _fewer(rows: Sequence[Row], speed: float) -> list[Row]:
 
 
 def sampler_of(name: str) -> str:
-    return name.partition("-")[2]
+    return name.partition("-")[2].replace("-cfg", ", CFG ")
 
 
 def _find(way: str, degree: int | None, rows: Sequence[Row]) -> Row | None:
