@@ -110,7 +110,10 @@ class AsyncUNetSplit(io.ComfyNode):
                     "time_shift",
                     default=False,
                     advanced=True,
-                    tooltip="asyncdiff only: use the previous step's time. Try it if the picture is noisy.",
+                    tooltip=(
+                        "asyncdiff only: use the previous step's time, as the paper offers. With our small models it "
+                        "was less close with two parts; with four or eight it helped two of four."
+                    ),
                 ),
                 io.String.Input(
                     "cut",

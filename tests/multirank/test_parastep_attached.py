@@ -20,11 +20,14 @@ from comfy.patcher_extension import WrappersMP
 from comfy_extras.nodes_apg import APG
 from comfy_extras.nodes_context_windows import ContextWindowsManualNode
 from comfy_extras.nodes_custom_sampler import (
+    BasicScheduler,
     CFGOverride,
     DualCFGGuider,
     DualModelGuider,
     RandomNoise,
+    SamplerCustom,
     SamplerCustomAdvanced,
+    SplitSigmas,
 )
 from comfy_extras.nodes_easycache import EasyCacheNode
 from comfy_extras.nodes_freelunch import FreeU
@@ -222,6 +225,33 @@ def test_prompts_with_something_attached(name: str, monkeypatch: pytest.MonkeyPa
     family, make = PROMPTS[name]
     conditioning = make()
     check(lambda: cfg_guider(load(family), *conditioning), plain(family), monkeypatch, near=0.75)
+
+
+@pytest.mark.parametrize("family", ["flux", "unet"])
+def test_a_run_in_two_parts(family: str):
+    """KSampler (Advanced) twice, the first with leftover noise; for ParaStep SamplerCustom twice, behind SplitSigmas."""
+    empty = {"samples": torch.zeros(1, load(family).model.latent_format.latent_channels, 8, 8)}
+
+    def advanced(model: Any) -> torch.Tensor:
+        node, same = stock.KSamplerAdvanced(), (5, STEPS, 3.0, "euler", "simple", prompt(1), prompt(100))
+        (latent,) = node.sample(model, "enable", *same, empty, 0, 4, "enable")
+        return node.sample(model, "disable", *same, latent, 4, 10000, "disable")[0]["samples"]
+
+    def custom(sampler: Any) -> torch.Tensor:
+        model, latent = load(family), empty
+        sigmas = BasicScheduler.execute(model, "simple", STEPS, 1.0).args[0]
+        for add_noise, part in zip((True, False), SplitSigmas.execute(sigmas, 4).args, strict=True):
+            made = SamplerCustom.execute(model, add_noise, 5, 3.0, prompt(1), prompt(100), sampler, part, latent)
+            latent = made.args[0]
+        return latent["samples"]
+
+    with torch.inference_mode():
+        theirs = advanced(load(family))
+        assert distance(theirs, plain(family)) < EXACT
+        assert distance(advanced(split(load(family), mode="exact")), theirs) < EXACT
+        assert distance(custom(parastep(1)), theirs) < EXACT
+        assert distance(advanced(split(load(family), mode="lookahead", warmup=1)), theirs) < 0.1
+        assert distance(custom(parastep(2, warmup=1)), theirs) < 0.1
 
 
 def test_what_a_controlnet_gains_is_told_before():
