@@ -229,7 +229,7 @@ def test_prompts_with_something_attached(name: str, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("family", ["flux", "unet"])
 def test_a_run_in_two_parts(family: str):
-    """KSampler (Advanced) twice, the first with leftover noise; for ParaStep SamplerCustom twice, behind SplitSigmas."""
+    """KSampler (Advanced) twice, first with leftover noise; for ParaStep SamplerCustom twice, behind SplitSigmas."""
     empty = {"samples": torch.zeros(1, load(family).model.latent_format.latent_channels, 8, 8)}
 
     def advanced(model: Any) -> torch.Tensor:
