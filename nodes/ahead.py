@@ -18,7 +18,7 @@ import comfy.samplers
 import torch
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY
 
-from ..parallel_backend import LeapfrogError, Rounds
+from ..parallel_backend import OWN_PACKAGES, LeapfrogError, Rounds
 from .boundaries import conditioning_at, rewind
 from .coroutine import Coroutine, current, pause
 from .inside_patches import variables
@@ -87,6 +87,18 @@ def pause_for(denoiser: Any, pending: Any) -> None:
 
 def sampler_name(sampler: Any) -> str:
     return getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)
+
+
+def is_comfyuis(sampler: Any) -> bool:
+    """Whether a SAMPLER's function is one of ComfyUI's own."""
+    return getattr(sampler.sampler_function, "__module__", "").split(".")[0] in OWN_PACKAGES
+
+
+def with_own_options(extra_args: dict[str, Any]) -> dict[str, Any]:
+    """A sampler's extra arguments, with model options that nobody else sees: samplers of other packs write into them as
+    they go, and several runs of one go at the same time."""
+    options = comfy.model_patcher.create_model_options_clone(extra_args.get("model_options", {}))
+    return {**extra_args, "model_options": options}
 
 
 def uncompiled(model_options: dict[str, Any]) -> dict[str, Any]:
@@ -191,11 +203,12 @@ class AheadSampler(comfy.samplers.KSAMPLER):
         guider = model.inner_model
         behind = tuple(extra_args.get("model_options", {}).get("sampler_post_cfg_function", ()))
         evaluate = partial(evaluated, model, behind)
+        own = dict if is_comfyuis(self.base) else with_own_options
 
         def run(ask: Callable[[Question], Outputs], callback: Any, disable: Any) -> torch.Tensor:
-            asking = Asking(model, ask, behind)
+            asking = Asking(model, ask, behind, own)
             return self.base.sampler_function(
-                asking, x.clone(), sigmas, extra_args=dict(extra_args), callback=callback, disable=disable, **options
+                asking, x.clone(), sigmas, extra_args=own(extra_args), callback=callback, disable=disable, **options
             )
 
         noise = NoiseState()
@@ -219,13 +232,17 @@ class AheadSampler(comfy.samplers.KSAMPLER):
 class Asking:
     """What a sampler is given in place of its model: asks, and does what the sampler added behind the guidance."""
 
-    def __init__(self, model: Any, ask: Callable[[Question], Outputs], behind: tuple[Any, ...]):
+    def __init__(
+        self, model: Any, ask: Callable[[Question], Outputs], behind: tuple[Any, ...],
+        own: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    ):  # fmt: skip
         self._model = model
         self._ask = ask
         self._behind = behind
+        self._own = own
 
     def __call__(self, x: torch.Tensor, sigma: torch.Tensor, **args: Any) -> torch.Tensor:
-        outputs = self._ask(Question(x, sigma, args))
+        outputs = self._ask(Question(x, sigma, self._own(args)))
         result = outputs[0].clone()  # samplers may go on in place
         for function in _added(args, self._behind):
             result = function(

@@ -7,6 +7,7 @@ from inspect import cleandoc
 from comfy_api.v0_0_2 import io
 
 from ..parallel_backend import LeapfrogError, SplitDenoiser, SplitPlan
+from .inside_patches import refuse_replaced_methods
 from .node_text import DEVICES, shower, teller
 from .recipe import comfy_host, own_device, patches_of, recipe_of, weight_bytes
 from .standin import StandInPatcher
@@ -156,6 +157,7 @@ class AsyncUNetSplit(io.ComfyNode):
             teller(cls)(f"one device ({plan.devices[0]}), so Async UNet Split passes the MODEL through.")
             return io.NodeOutput(model)
         plan.check(model.model.diffusion_model)
+        refuse_replaced_methods(model.model.diffusion_model)
         size = weight_bytes(model.model.diffusion_model)
         denoiser = SplitDenoiser(plan, recipe_of(model), comfy_host(), size, shower(cls))
         denoiser.check_patches(patches_of(model))

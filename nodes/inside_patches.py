@@ -25,7 +25,7 @@ import itertools
 import json
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, MethodType
 from typing import Any
@@ -38,6 +38,7 @@ from ..parallel_backend import OWN_PACKAGES, LeapfrogError, codes_named, thing_n
 
 ENTRIES = ("patches", "patches_replace", "optimized_attention_override")
 KEPT = 8
+COMPILED = "_compiled_call_impl"  # torch's own, of Module.compile()
 READS = {"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"}
 WRITES = {"STORE_DEREF", "DELETE_DEREF"}
 
@@ -70,6 +71,24 @@ def describe(options: Mapping[str, Any]) -> dict[str, Any]:
             _recent.popitem(last=False)
     _recent.move_to_end(key)
     return _recent[key][0]
+
+
+def refuse_replaced_methods(denoiser: torch.nn.Module, ours: Container[str] = ()) -> None:
+    """Raises LeapfrogError unsupported_patch for a method that somebody has replaced on the denoiser or in it, or for a
+    hook on a module: ranks build theirs from ComfyUI's own classes. ``ours`` are names of the denoiser's to leave out.
+    """
+    for path, module in denoiser.named_modules():
+        replaced = [
+            value
+            for name, value in vars(module).items()
+            if callable(value) and hasattr(type(module), name) and name != COMPILED and (path or name not in ours)
+        ]
+        if found := [*replaced, *module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+            raise LeapfrogError.of(
+                "unsupported_patch",
+                f"Something has put {_label(found[0])} into this MODEL's {path or 'denoiser'}, which cannot travel to "
+                "a rank.",
+            )
 
 
 def _functions(inside: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

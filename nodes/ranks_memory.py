@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -40,6 +40,28 @@ class RanksPatcher(comfy.model_patcher.ModelPatcher):
 
     def is_dynamic(self) -> bool:
         return False
+
+    @property
+    def gpus_in_use(self) -> dict[str, torch.device]:
+        """The GPUs where ComfyUI has put a model; on no other has this process a context, and none is to get one."""
+        loaded = comfy.model_management.current_loaded_models
+        return {str(one.device): one.device for one in loaded if one.model and one.device.type == "cuda"}
+
+    def make_room(self, gpus: Mapping[str, torch.device], activations: float = 0.0, used: Sequence[Any] = ()) -> None:
+        """Free these GPUs of what is in the way of a rank's weights, if it has not loaded them yet, and of the bytes of
+        its ``activations``; but not of models that are ``used``."""
+        manager = comfy.model_management
+        loaded = manager.current_loaded_models
+        in_use = [one for one in loaded if one.model and any(map(one.model.is_clone, (self, *used)))]
+        for rank, name in enumerate(self.denoiser.devices):
+            if name in gpus:
+                manager.free_memory(self._room(rank, activations), gpus[name], keep_loaded=in_use)
+        if gpus:
+            manager.soft_empty_cache()  # other processes cannot use what this one keeps
+
+    def _room(self, rank: int, activations: float) -> float:
+        weights = 0.0 if self.denoiser.loaded_bytes(rank) else 1.1 * self.largest_share
+        return weights + max(activations, comfy.model_management.minimum_inference_memory())
 
     def model_size(self) -> int:
         """Bytes on the host's device that room has to be found for: before the ranks load, what they may need."""
@@ -93,23 +115,16 @@ class LanesMemory(RanksPatcher):
     ) -> None:
         """Free GPUs of what the ranks need them for, and have the memory manager know of the ranks.
 
-        That is, on the host's, its own copy of the weights, which it has just put there, and on every GPU where ComfyUI
-        has put a model whatever is in the way of a rank's weights, if it has not loaded them yet, and of the bytes of
-        its ``activations``; not the MODEL itself, which is in use, nor what else is ``used`` in the run (ControlNets).
+        That is, on every GPU where ComfyUI has put a model, and on the host's, whatever is in the way; but of the MODEL
+        only as much as is short, and not what else is ``used`` in the run (ControlNets).
         """
-        manager = comfy.model_management
         if self.load_device.type == "cuda":
-            model.partially_unload(torch.device("cpu"), model.loaded_size())
-            loaded = manager.current_loaded_models
-            in_use = [one for one in loaded if one.model and any(map(one.model.is_clone, (self, model, *used)))]
-            gpus = {str(one.device): one.device for one in loaded if one.model and one.device.type == "cuda"}
-            gpus |= {self.denoiser.devices[rank]: self.load_device for rank in self.ranks_here}
-            for rank, name in enumerate(self.denoiser.devices):
-                if name in gpus:
-                    weights = 0.0 if self.denoiser.loaded_bytes(rank) else 1.1 * self.largest_share
-                    room = weights + max(activations, manager.minimum_inference_memory())
-                    manager.free_memory(room, gpus[name], keep_loaded=in_use)
-            manager.soft_empty_cache()
+            room = sum(self._room(rank, activations) for rank in self.ranks_here)
+            free: Any = comfy.model_management.get_free_memory(self.load_device)
+            if (short := room - free) > 0:  # its own copy of the weights, which ComfyUI has just put there
+                model.partially_unload(torch.device("cpu"), int(short))
+            here = {self.denoiser.devices[rank]: self.load_device for rank in self.ranks_here}
+            self.make_room({**self.gpus_in_use, **here}, activations, (model, *used))
         self.be_known()
 
     @property

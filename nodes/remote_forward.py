@@ -25,6 +25,8 @@ Remote = SplitDenoiser | LanesDenoiser
 # Options that only the host's own code reads, and those that travel in a form of their own.
 STAYS = {"wrappers", "callbacks", "uuids", "prefetch_dynamic_vbars", "context_window", "multigpu_clones", "easycache"}
 STAYS |= set(ENTRIES)
+# What samplers of RES4LYF leave there for functions of their own, which are refused by themselves.
+STAYS |= {"ExtraOptions", "model_sampling"}
 # Denoisers that use the largest timestep of a batch for all its rows, or halves of it as the two conditionings. (That
 # of MeanFlow, which looks for the next timestep after its first row's, is known by its `time_r_in`.)
 OF_ONE_SIGMA = ("LTXAVModel", "NaDiT")

@@ -23,6 +23,7 @@ from comfy_api.torch_helpers.torch_compile import TORCH_COMPILE_KWARGS
 
 from ..parallel_backend import LanesDenoiser, LanesPlan, LeapfrogError, Recipe
 from .ahead import AheadSampler, Wave, check_sampler, sampler_name
+from .inside_patches import refuse_replaced_methods
 from .one_call import as_one, can_be_one, lanes_of
 from .ranks_memory import LanesMemory, calls_that_fit
 from .recipe import comfy_host, patches_of, recipe_of, weight_bytes
@@ -52,6 +53,7 @@ class RoundsSampler(AheadSampler):
         self.plan = plan
         self._tell = tell
         self._memory: LanesMemory | None = None
+        self._direct = True
 
     @property
     def finishes_rejected(self) -> bool:
@@ -64,6 +66,7 @@ class RoundsSampler(AheadSampler):
 
     def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model
+        self._direct = type(model) is comfy.samplers.KSamplerX0Inpaint
         denoiser = self._denoiser_for(guider, x)
         args = extra_args or {}
         base = guider.inner_model
@@ -84,7 +87,8 @@ class RoundsSampler(AheadSampler):
     def start(
         self, guider: Any, evaluate: Callable[[Question], Outputs], questions: Sequence[Question], first: int
     ) -> Sequence[Any]:
-        together = len(questions) > 1 and can_be_one(guider, questions)
+        # what another sampler has put around the model may treat all sigmas of a call as one (Detail Daemon does)
+        together = len(questions) > 1 and self._direct and can_be_one(guider, questions)
         lanes = len(questions) if together else 1
         group: list[LaneWave] = []
         try:
@@ -126,6 +130,7 @@ class RoundsSampler(AheadSampler):
         recipe = recipe_of(patcher)
         self._memory = memory = self.memory_for(patcher, recipe)
         memory.denoiser.check_patches(patches_of(patcher))
+        refuse_replaced_methods(patcher.model.diffusion_model)
         also = [getattr(guider, name, None) or () for name in ("loaded_models", "uncond_loaded")]
         rows = math.ceil(len(x) * max(1.0, 2 * self.plan.lanes / len(self.plan.devices)))
         memory.announce(patcher, [*also[0], *also[1], second], patcher.memory_required([rows, *x.shape[1:]]))

@@ -20,8 +20,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers.torch_compile import COMPILE_KEY, TORCH_COMPILE_KWARGS
 
-from ..parallel_backend import SplitDenoiser
+from ..parallel_backend import LeapfrogError, SplitDenoiser
 from .host_weights import refuse_host_weights
+from .inside_patches import refuse_replaced_methods
 from .lookahead_sampler import look_ahead
 from .ranks_memory import RanksPatcher, calls_that_fit
 from .recipe import reshaped_by
@@ -39,6 +40,10 @@ NOTHING_LOADED: dict[str, Any] = {
     "model_lowvram": False,
     "model_offload_buffer_memory": 0,
 }
+
+
+REPLACED = ("forward", "_apply")
+"""What a shell has of ours."""
 
 
 MEMORY_HANDLES = ("_v", "_v_weight", "_v_bias", "_v_signature", "_pins", "_pin_state", "_prefetch")
@@ -107,7 +112,7 @@ def _call_remotely(shell: torch.nn.Module, twin: comfy.model_base.BaseModel, den
         return run_wrapped(this, remote, (x, timesteps, *args), kwargs)
 
     # ComfyUI moves models about with .to(); there is nothing to move
-    shell.__dict__.update(forward=forward, _apply=lambda fn, recurse=True: shell_ref())
+    shell.__dict__.update(zip(REPLACED, (forward, lambda fn, recurse=True: shell_ref()), strict=True))
 
 
 class Original(NamedTuple):
@@ -140,6 +145,7 @@ class StandInPatcher(RanksPatcher):
         # it would put the host's own denoiser back in place of the stand-in
         made.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, COMPILE_KEY)
         made.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "leapfrog", refuse_host_weights)
+        made.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "leapfrog", make_room_elsewhere)
         made.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, "leapfrog", look_ahead)
         return made
 
@@ -182,6 +188,13 @@ class StandInPatcher(RanksPatcher):
         for callback in self.get_all_callbacks(comfy.patcher_extension.CallbacksMP.ON_LOAD):
             callback(self, device_to, lowvram_model_memory, force_patch_weights, full_load)
 
+    def get_key_patches(self, filter_prefix: str | None = None) -> Any:
+        """What ModelMerge takes of a second model."""
+        raise _no_weights()
+
+    def model_state_dict_for_saving(self, model: Any = None, prefix: str = "") -> Any:
+        raise _no_weights()
+
     def patch_hooks(self, hooks: comfy.hooks.HookGroup | None) -> None:
         """Remember the hooks of the conditioning that comes next; the ranks bake them into their weights."""
         self.current_hooks = hooks
@@ -191,6 +204,7 @@ class StandInPatcher(RanksPatcher):
 
     def pre_run(self) -> None:
         super().pre_run()
+        refuse_replaced_methods(self.model.diffusion_model, REPLACED)
         if TORCH_COMPILE_KWARGS in self.model_options:
             log.warning("Leapfrog: TorchCompileModel has no effect on a split model; the ranks compute uncompiled.")
         self.attachments[RUN] = Run()
@@ -203,3 +217,18 @@ class StandInPatcher(RanksPatcher):
         self.attachments.pop(RUN, None)
         self.attachments.pop(CALLS, ExitStack()).close()
         self.denoiser.end_run()
+
+
+def make_room_elsewhere(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """An OUTER_SAMPLE wrapper: on the GPUs that are not the MODEL's own, where ComfyUI makes room by itself, and before
+    it loads what the run uses."""
+    ranks: StandInPatcher = executor.class_obj.model_patcher
+    ranks.make_room({name: gpu for name, gpu in ranks.gpus_in_use.items() if gpu != ranks.load_device})
+    return executor(*args, **kwargs)
+
+
+def _no_weights() -> LeapfrogError:
+    return LeapfrogError.of(
+        "unsupported_patch",
+        "A MODEL from Async UNet Split has no weights in ComfyUI: connect what is in front of that node here.",
+    )

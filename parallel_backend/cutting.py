@@ -31,15 +31,17 @@ class Chosen(NamedTuple):
 
 
 def choose_cut(
-    traces: Sequence[Traced], pipelines: Sequence[Sequence[int]], plan: SplitPlan, current: Cut | None
-) -> Chosen:
+    traces: Sequence[Traced], free: Sequence[int | None], pipelines: Sequence[Sequence[int]], plan: SplitPlan,
+    current: Cut | None,
+) -> Chosen:  # fmt: skip
     """The cut whose slowest component is fastest; ``current`` where that is nearly as good.
 
     With stride 2 the last rank of a pipeline holds the last component once more.
 
-    ``traces[rank]`` is what each rank measured, ``pipelines`` the ranks of each in the order of their components.
-    Where the plan balances memory, no rank holds more than its share of the weights by a tenth of them. Raises
-    LeapfrogError no_fit where the components do not fit their devices, bad_plan for a cut that cannot be.
+    ``traces[rank]`` is what each rank measured, ``free`` as of :meth:`Pool.free`, ``pipelines`` the ranks of each in
+    the order of their components. Where the plan balances memory, no rank holds more than its share of the weights by a
+    tenth of them. Raises LeapfrogError no_fit where the components do not fit their devices, bad_plan for a cut that
+    cannot be.
     """
     units = [unit.path for unit in traces[0].units]
     components = plan.components(pipelines[0])
@@ -53,7 +55,7 @@ def choose_cut(
     if plan.cut.strip():
         bounds = _bounds_by_hand(plan.cut, len(units), components)
         return Chosen(Cut(units, bounds + bounds[-1:] * twins), slowest_share(costs, bounds, stem=stem, head=head))
-    limits = [_limit([traces[rank] for rank in ranks]) for ranks in holders]
+    limits = [_limit([free[rank] for rank in ranks], traces[0].shared) for ranks in holders]
     nbytes = [unit.nbytes for unit in traces[0].units]
     try:
         bounds = best_bounds(costs, nbytes, traces[0].shared, limits, stem, head, plan.balance)
@@ -101,9 +103,9 @@ def _seconds(traces: Sequence[Traced]) -> list[list[float]]:
     return [[median(same.units[u].seconds for same in kinds[t.device]) for u in range(len(t.units))] for t in traces]
 
 
-def _limit(traces: Sequence[Traced]) -> int | None:
+def _limit(free: Sequence[int | None], shared: int) -> int | None:
     """Bytes of units' weights that every one of these devices can hold, None where nobody counts."""
-    room = [int(FOR_WEIGHTS * t.free) - t.shared for t in traces if t.free is not None]
+    room = [int(FOR_WEIGHTS * there) - shared for there in free if there is not None]
     return min(room) if room else None
 
 

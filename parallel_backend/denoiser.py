@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence, Set
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,9 @@ class RemoteDenoiser:
 
     def begin_run(self) -> None:
         """Forget stale state; call before the first step of every sampling run."""
+        if (recipe := self.recipe.renewed()) != self.recipe:  # or ranks that read it now would not fit those that did
+            log.warning("Leapfrog: %s has changed since it was loaded; all ranks read it anew", Path(recipe.path).name)
+            self.recipe = recipe
         self._take_devices(set())
         self.report = RunReport(self.title, self.devices)
 

@@ -50,7 +50,8 @@ HINTS = {
     "rank_timeout": (
         "The next prompt starts a new pool. The first evaluation of a size, loading and measuring may take "
         "LEAPFROG_STEP_TIMEOUT (600) seconds, later evaluations 20 times as long as the slowest before, and at least "
-        "30 seconds. ComfyUI's log may say what hung."
+        "30 seconds. ComfyUI's log may say what hung; the doctor (README) tests the links between GPUs, and "
+        "LEAPFROG_NCCL=0 does without NCCL."
     ),
     "device_fault": (
         "The device failed, or code on it read what is not there; the system's log (dmesg, Xid) may say more. The next "

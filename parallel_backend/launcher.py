@@ -51,7 +51,7 @@ def rank_environment(device: str, backend: str, threads: int, address: str = LOO
     """
     env = {k: v for k, v in os.environ.items() if k in KEPT or k.startswith(KEPT_PREFIXES)}
     env["PYTHONUNBUFFERED"] = "1"
-    env["CUDA_VISIBLE_DEVICES"] = _visible(kind_of(device))
+    env["CUDA_VISIBLE_DEVICES"] = visible(kind_of(device))
     if threads:
         env["OMP_NUM_THREADS"] = env["MKL_NUM_THREADS"] = str(threads)
         env["OMP_WAIT_POLICY"] = "PASSIVE"  # a thread that spins while it waits takes the core from another rank
@@ -87,8 +87,8 @@ def interface_of(address: str) -> str:
     raise OSError(f"no network interface has {address} as its first address")
 
 
-def _visible(device: str) -> str:
-    """CUDA_VISIBLE_DEVICES for a rank: the host may itself see a renumbered subset."""
+def visible(device: str) -> str:
+    """CUDA_VISIBLE_DEVICES for a process on this device: the host may itself see a renumbered subset."""
     if not device.startswith("cuda:"):
         return ""
     index = int(device.removeprefix("cuda:"))

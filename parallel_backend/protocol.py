@@ -93,9 +93,19 @@ class Recipe(msgspec.Struct, frozen=True, eq=False):
             raise LeapfrogError.of("no_recipe", f"The MODEL's loader got {error}.") from None
         if tensors:
             raise LeapfrogError.of("no_recipe", "The MODEL's loader got tensors among its options.")
-        status = file.stat()
-        stamp = (status.st_size, status.st_mtime_ns)
-        return cls(loader, str(file.resolve()), json.dumps(spec), stamp, named=str(file.absolute()))
+        return cls(loader, str(file.resolve()), json.dumps(spec), _stamp(file), named=str(file.absolute()))
+
+    def renewed(self) -> Recipe:
+        """The recipe of the file as it is now; this one where it is gone."""
+        try:
+            return msgspec.structs.replace(self, stamp=_stamp(Path(self.path)))
+        except OSError:
+            return self
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 class HostMessage(msgspec.Struct, tag_field="type", tag=str.lower):
@@ -246,7 +256,7 @@ class Traced(RankMessage):
     """The units in the order of evaluation and the flow between them.
 
     ``stem`` and ``head`` are the seconds before the first unit and after the last one; ``shared`` the bytes of the
-    weights outside the units; ``free`` as in :class:`Vacancy`.
+    weights outside the units.
     """
 
     units: list[UnitTrace] = []
@@ -254,7 +264,6 @@ class Traced(RankMessage):
     stem: Seconds = 0.0
     head: Seconds = 0.0
     shared: Bytes = 0
-    free: Bytes | None = None
     device: str = ""
 
     def __post_init__(self) -> None:

@@ -114,7 +114,7 @@ class Rounds:
 
     def ask(self, question: Question) -> Outputs:
         """The fresh outputs for what the true sampler asks next."""
-        index = len(self._answers)
+        index = self.taken.asked
         outputs = None
         if self._schedule:
             try:
@@ -126,7 +126,10 @@ class Rounds:
                 self._began = index
         if outputs is None:
             outputs = self._alone(index, question)
-        self._answers.append(outputs)
+        if self._schedule:
+            self._answers.append(outputs)
+        else:  # no scout will be sent any more
+            self._answers.clear()
         self.taken.asked += 1
         return outputs
 

@@ -32,6 +32,11 @@ def carries_on() -> bool:
     return os.environ.get("LEAPFROG_CARRY_ON") == "1"
 
 
+def uses_nccl() -> bool:
+    """Whether ranks on GPUs may talk NCCL."""
+    return os.environ.get("LEAPFROG_NCCL") != "0"
+
+
 def machines_file() -> Path | None:
     """The file that says which other machines there are; None where there are none."""
     path = os.environ.get("LEAPFROG_MACHINES")

@@ -261,7 +261,7 @@ class SplitDenoiser(RemoteDenoiser):
             traces, asked = self._watched.look(pool, payload, patches.shapes, None, tick)
         if starts:
             try:
-                chosen = choose_cut(traces, self._pipelines, self.plan, chosen and chosen.cut)
+                chosen = choose_cut(traces, pool.free(tick), self._pipelines, self.plan, chosen and chosen.cut)
             except LeapfrogError:
                 if not self.plan.cut.strip():
                     self._watched.forget()  # it says how much memory was free then

@@ -22,7 +22,7 @@ from .launcher import RankProcess
 from .machines import Machines
 from .pool import POLL_S, Pool, State, Tick
 from .protocol import LOOPBACK, Failed, Hello, Join, LaunchSpec, RankMessage, Ready
-from .settings import start_timeout_s, step_timeout_s
+from .settings import start_timeout_s, step_timeout_s, uses_nccl
 
 log = logging.getLogger("leapfrog")
 STILL_S = 10.0
@@ -167,6 +167,8 @@ def backend_of(devices: Sequence[str]) -> tuple[str, str]:
 
     if any(kind_of(device) == CPU for device in devices):
         return "gloo", "through host memory, because ranks are on the CPU"
+    if not uses_nccl():
+        return "gloo", "through host memory, because LEAPFROG_NCCL is 0"
     if not dist.is_available() or not dist.is_nccl_available():
         return "gloo", "through host memory, because this torch has no NCCL"
     if len(set(devices)) == len(devices):

@@ -95,12 +95,14 @@ def solo(name: str, size: int) -> None:
 def machine_factor(name: str, size: int, ranks: int) -> float:
     """Throughput of so many independent one-thread processes of the denoiser together, against one alone."""
 
+    from leapfrog.parallel_backend.launcher import visible
+
     def together(count: int) -> float:
         command = [sys.executable, __file__, "--solo", "--model", name, "--size", str(size)]
         jobs = [
             subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": device.partition(":")[2]},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": visible(device)},
             )
             for device in devices(ranks)[:count]
         ]  # fmt: skip

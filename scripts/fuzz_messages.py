@@ -37,7 +37,7 @@ FROM_HOST = [
 ]  # fmt: skip
 FROM_RANK = [
     protocol.Hello(0, 3), protocol.Ready(1), protocol.Loaded(3, 9, 1, ["a"]), protocol.Ok(6),
-    protocol.Traced(2, [protocol.UnitTrace(name, 0.5, 8) for name in "abc"], FLOW, 0.1, 0.2, 3, None, "cpu"),
+    protocol.Traced(2, [protocol.UnitTrace(name, 0.5, 8) for name in "abc"], FLOW, 0.1, 0.2, 3, "cpu"),
     protocol.Done(4, PAYLOAD, 1.0, 2.0, 0.5, 7, 0.25),
     protocol.Failed(5, ErrorReport("rank_oom", "no", 1, 2, "here")), protocol.Probed(9, [1e-4, 2e-3], True),
     protocol.Vacancy(10, 11),

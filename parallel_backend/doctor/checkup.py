@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _sections(sheet: Sheet, asked: argparse.Namespace, flags: Sequence[str], deadline: Deadline) -> None:
+    see_as_comfyui(flags)
     comfyui = find_comfyui(asked.comfyui)
     if comfyui:
         sheet.hiding.hide(comfyui, "<comfyui>")
@@ -96,6 +97,20 @@ def _sections(sheet: Sheet, asked: argparse.Namespace, flags: Sequence[str], dea
     nodes_in_comfyui(sheet, comfyui, flags, tested, asked.model, deadline.left)
     if not asked.model:
         sheet.row("a model", "not tried; --model FILE compares an evaluation with ComfyUI alone")
+
+
+def see_as_comfyui(flags: Sequence[str]) -> None:
+    """Number GPUs as ComfyUI would with these flags of its command line; before anybody asks torch for them."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--cuda-device")
+    parser.add_argument("--default-device", type=int)
+    given, _ = parser.parse_known_args(list(flags))
+    visible = given.cuda_device
+    if visible is None and given.default_device is not None:
+        first = given.default_device
+        visible = ",".join(map(str, [first, *(other for other in range(32) if other != first)]))
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = visible
 
 
 TOO_SLOW = "Run the doctor again when the machine is not busy, or with a longer --timeout."

@@ -29,6 +29,7 @@ class Setting:
 SETTINGS: Mapping[str, Setting] = {
     **{name: Setting(f"{default:g}", "seconds") for name, default in SECONDS.items()},
     "LEAPFROG_CARRY_ON": Setting("0", "0 or 1"),
+    "LEAPFROG_NCCL": Setting("1", "0 or 1"),
     "LEAPFROG_TRACE_DIR": Setting("no traces", "folder"),
     "LEAPFROG_MACHINES": Setting("this machine alone", "file"),
     "LEAPFROG_SHARE_GPU": Setting("0", "0 or 1"),

@@ -36,7 +36,9 @@ Outputs = tuple[torch.Tensor, ...]
 
 
 def position(sigma: float, sigmas: Sequence[float]) -> float:
-    """Where ``sigma`` lies in a falling schedule, in steps: between those of two steps, a fraction."""
+    """Where ``sigma`` lies in a schedule, falling or rising, in steps: between those of two steps, a fraction."""
+    if sigmas[0] < sigmas[-1]:
+        sigma, sigmas = -sigma, [-other for other in sigmas]
     for i, (here, there) in enumerate(pairwise(sigmas)):
         if sigma >= there:
             return i if sigma >= here or here == there else i + (here - sigma) / (here - there)

@@ -57,7 +57,7 @@ CONNECT_TIMEOUT_S = 30.0
 MAPPED_ARENAS = 16
 HostLine = Channel[FromHost] | RankCourier
 DEVICE_FAULT = getattr(torch, "AcceleratorError", ())  # since torch 2.8
-OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "cublas_status_alloc_failed")
+OUT_OF_MEMORY = ("can't allocate memory", "cannot allocate memory", "out of memory", "_status_alloc_failed")
 
 
 def run_rank(orders: bytes, host_gone: Callable[[], None]) -> None:
@@ -265,13 +265,25 @@ def _report(error: Exception, rank: int) -> ErrorReport:
         return msgspec.structs.replace(error.report, rank=rank)
     return ErrorReport(
         code="rank_oom" if _is_oom(error)
-        else "device_fault" if isinstance(error, DEVICE_FAULT)
+        else "device_fault" if isinstance(error, DEVICE_FAULT) or _device_is_lost()
         else "bad_file" if isinstance(error, UnreadableFile)
         else "rank_error",
         message=str(error) if isinstance(error, UnreadableFile) else f"{type(error).__name__}: {error}",
         rank=rank,
         traceback=traceback.format_exc(),
     )  # fmt: skip
+
+
+def _device_is_lost() -> bool:
+    """Whether this process cannot use its GPU any more. CUDA's errors of that kind stay; whoever meets one first may
+    be cuBLAS, cuDNN or NCCL, which tell it in their own words."""
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.current_stream().query()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _is_oom(error: BaseException | None) -> bool:

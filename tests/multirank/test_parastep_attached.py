@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import comfy.model_management
@@ -225,6 +226,73 @@ def test_prompts_with_something_attached(name: str, monkeypatch: pytest.MonkeyPa
     family, make = PROMPTS[name]
     conditioning = make()
     check(lambda: cfg_guider(load(family), *conditioning), plain(family), monkeypatch, near=0.75)
+
+
+def told_the_step(
+    model: Any, x: torch.Tensor, sigmas: torch.Tensor, extra_args: Any = None, callback: Any = None, disable: Any = None
+) -> torch.Tensor:  # fmt: skip
+    """Euler as another pack might write it, which puts things of its own among the options before each step."""
+    options = extra_args["model_options"]["transformer_options"]
+    options["ExtraOptions"] = options["model_sampling"] = object()
+    for step, (sigma, after) in enumerate(pairwise(sigmas)):
+        options["step"] = step
+        slope = (x - model(x, sigma.expand(len(x)), **extra_args)) / sigma
+        x = x + slope * (after - sigma)
+        if callback:
+            callback({"x": x, "i": step, "sigma": sigma, "denoised": x})
+    return x
+
+
+@pytest.mark.parametrize("way", ["lookahead", "parastep"])
+def test_a_sampler_that_writes_into_its_options(way: str):
+    """Whatever copies of it are ahead, each evaluation has the options of its own step."""
+    seen: list[tuple[int, float]] = []
+
+    def look(apply_model: Any, call: dict[str, Any]) -> Any:
+        options = call["c"]["transformer_options"]
+        seen.append((options["step"], float(options["sigmas"][0])))
+        return apply_model(call["input"], call["timestep"], **call["c"])
+
+    model, base = load("flux").clone(), comfy.samplers.KSAMPLER(told_the_step)
+    model.set_model_unet_function_wrapper(look)
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", STEPS)
+    theirs = sample(cfg_guider(model), base)
+    seen.clear()
+    if way == "parastep":
+        ours = sample(cfg_guider(model), parastep(3, base=base))
+    else:
+        ours = sample(cfg_guider(split(model, mode="lookahead")), base)
+    assert distance(ours, theirs) < 0.2
+    assert {step for step, _ in seen} == set(range(STEPS))
+    assert all(sigma == pytest.approx(float(sigmas[step])) for step, sigma in seen)
+
+
+def test_a_sampler_around_ours_that_changes_each_steps_sigma():
+    """As Detail Daemon does: by the largest sigma of a call, for all of its rows."""
+    seen: set[float] = set()
+
+    def look(apply_model: Any, call: dict[str, Any]) -> Any:
+        seen.update(call["c"]["transformer_options"]["sigmas"].tolist())
+        return apply_model(call["input"], call["timestep"], **call["c"])
+
+    def around(inner: Any) -> Any:
+        def lowered(model: Any, x: torch.Tensor, sigmas: torch.Tensor, **how: Any) -> torch.Tensor:
+            def other(x: torch.Tensor, sigma: torch.Tensor, **args: Any) -> torch.Tensor:
+                share = 0.1 * int((sigmas - sigma.max()).abs().argmin()) / STEPS
+                return model(x, sigma * (1 - share), **args)
+
+            vars(other).update(inner_model=model.inner_model, sigmas=model.sigmas)
+            return inner.sampler_function(other, x, sigmas, **how, **inner.extra_options)
+
+        return comfy.samplers.KSAMPLER(lowered)
+
+    model = load("flux").clone()
+    model.set_model_unet_function_wrapper(look)
+    theirs = sample(cfg_guider(model), around(comfy.samplers.sampler_object("euler")))
+    own = {round(sigma, 5) for sigma in seen}
+    seen.clear()
+    assert distance(sample(cfg_guider(model), around(parastep(3))), theirs) < 0.1
+    assert {round(sigma, 5) for sigma in seen} == own
 
 
 @pytest.mark.parametrize("family", ["flux", "unet"])

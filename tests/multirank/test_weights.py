@@ -53,6 +53,19 @@ def test_a_file_of_another_precision(kind: str, tmp_path: Path):
     assert distance(generate(model, Request(), parastep(1)), theirs) < EXACT
 
 
+def test_a_file_that_is_replaced_is_read_anew_by_all_ranks(tmp_path: Path):
+    """Or those that have given their weights back would read the new file, and the others keep the old one."""
+    path, weights = tmp_path / "trained.safetensors", load_file(tiny_models.tiny_flux())
+    save_file(weights, path)
+    behind = split(comfy.sd.load_diffusion_model(str(path)), mode="exact")
+    assert distance(generate(behind, Request()), reference(Request())) < EXACT
+    behind.denoiser.unload([0])
+    save_file({name: 0.9 * weight for name, weight in weights.items()}, path)
+    trained = generate(comfy.sd.load_diffusion_model(str(path)), Request())
+    assert distance(trained, reference(Request())) > 100 * EXACT
+    assert distance(generate(behind, Request()), trained) < EXACT
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_weights_divided_evenly_where_that_is_asked_for(ranks: int):
     generate(split(load("unet"), ranks=ranks, mode="exact", balance="memory"), Request("unet"))

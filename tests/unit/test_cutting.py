@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -14,15 +15,18 @@ from leapfrog.parallel_backend.units import Flow
 MB = 1 << 20
 
 
-def seen(seconds: list[float], device: str = "cpu", free: int | None = None) -> Traced:
+def seen(seconds: list[float], device: str = "cpu") -> Traced:
     units = [UnitTrace(f"blocks.{i}", s, MB) for i, s in enumerate(seconds)]
     flow = Flow([[] for _ in units], [], [None for _ in units])
-    return Traced(units=units, flow=flow, free=free, device=device)
+    return Traced(units=units, flow=flow, device=device)
 
 
-def cut(traces: list[Traced], lanes: list[list[int]], current: Cut | None = None, **plan: Any) -> list[tuple[int, int]]:
+def cut(
+    traces: list[Traced], lanes: list[list[int]], current: Cut | None = None, free: Sequence[int | None] = (),
+    **plan: Any,
+) -> list[tuple[int, int]]:  # fmt: skip
     chosen = SplitPlan(("cpu",) * len(traces), len(lanes[0]) - plan.get("stride", 1) + 1, **plan)
-    return choose_cut(traces, lanes, chosen, current).cut.bounds
+    return choose_cut(traces, free or [None] * len(traces), lanes, chosen, current).cut.bounds
 
 
 def test_equal_devices_get_equal_times():
@@ -38,10 +42,11 @@ def test_noise_between_like_devices_is_averaged_away():
 
 
 def test_a_device_with_less_memory_gets_what_fits():
-    traces = [seen([1] * 6), seen([1] * 6, free=3 * MB)]
-    assert cut(traces, [[0, 1]]) == [(0, 3), (4, 5)]
+    traces = [seen([1] * 6)] * 2
+    assert cut(traces, [[0, 1]]) == [(0, 2), (3, 5)]
+    assert cut(traces, [[0, 1]], free=[None, 3 * MB]) == [(0, 3), (4, 5)]
     with pytest.raises(LeapfrogError) as caught:
-        cut([seen([1] * 6, free=2 * MB)] * 2, [[0, 1]])
+        cut(traces, [[0, 1]], free=[2 * MB] * 2)
     assert caught.value.report.code == "no_fit"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from leapfrog.parallel_backend import starting
+from leapfrog.parallel_backend.doctor.checkup import see_as_comfyui
 from leapfrog.parallel_backend.doctor.choice import SETTINGS, choices, settings
 from leapfrog.parallel_backend.doctor.sheet import WIDTH, Hiding, Sheet
 from leapfrog.parallel_backend.protocol import Probe
@@ -129,6 +131,24 @@ def test_what_both_nodes_would_choose(sheet: Sheet):
     assert "ParaStep Sampler CFG above 1: at most" in text
 
 
+@pytest.mark.parametrize(
+    ("flags", "visible"),
+    [
+        ([], None),
+        (["--cpu", "--cuda-device", "1,2"], "1,2"),
+        (["--default-device", "3"], ",".join(map(str, [3, 0, 1, 2, *range(4, 32)]))),
+    ],
+)
+def test_gpus_are_numbered_as_comfyuis_flags_have_them(
+    flags: list[str], visible: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    see_as_comfyui(flags)
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == os.environ.get("HIP_VISIBLE_DEVICES") == visible
+
+
 def test_one_device_passes_through(sheet: Sheet):
     assert choices(sheet, "cpu") == ("cpu",)
     assert "passes the MODEL through" in written(sheet)
@@ -148,6 +168,9 @@ def test_why_the_ranks_talk_what_they_talk(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(starting, "nccl_version", lambda: (2, 30, 7))
         assert backend_of(("cuda:0", "cuda:0"))[0] == "nccl"
         assert "share a GPU" in backend_of(("cuda:0", "cuda:0"))[1]
+    monkeypatch.setenv("LEAPFROG_NCCL", "0")
+    assert backend_of(("cuda:0", "cuda:1")) == ("gloo", "through host memory, because LEAPFROG_NCCL is 0")
+    monkeypatch.delenv("LEAPFROG_NCCL")
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     assert backend_of(("cuda:0", "cuda:1"))[0] == "gloo", "a log line, not an error"
     assert "this torch has no NCCL" in backend_of(("cuda:0", "cuda:1"))[1]

@@ -13,6 +13,7 @@ import comfy.model_patcher
 import comfy.sd
 import pytest
 import torch
+from comfy.patcher_extension import WrapperExecutor
 from comfy_extras.nodes_model_advanced import ModelSamplingFlux
 
 import tiny_models
@@ -20,6 +21,7 @@ from leapfrog.nodes import AsyncUNetSplit
 from leapfrog.nodes.ranks_memory import LanesMemory
 from leapfrog.nodes.recipe import COMPUTE_ARGS, compute_args, recipe_of, weight_bytes
 from leapfrog.nodes.rounds_sampler import stepping_aside
+from leapfrog.nodes.standin import make_room_elsewhere
 from leapfrog.parallel_backend import plan
 from leapfrog.parallel_backend.devices import Machine
 from leapfrog.parallel_backend.worker.models.trace import Stash
@@ -35,6 +37,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(plan, "this_machine", lambda: Machine(cuda=2, cores=4))
     made = comfy.sd.load_diffusion_model(str(tiny_models.tiny_flux()))  # its own: what is known of it is kept
     made.load_device = GPU
+    monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_, **__: 1e12)
     return made
 
 
@@ -147,6 +150,21 @@ def test_lanes_get_room_before_they_load_and_the_memory_manager_knows_of_them(
         assert unloaded == [[1]], "what is on another GPU makes no room on this one"
 
 
+@pytest.mark.parametrize(("free", "moved"), [(1e12, []), (1e9, [int(100 + 1.1 * 5e9 - 1e9)])])
+def test_the_hosts_own_copy_gives_no_more_room_than_is_short(
+    model: Any, free: float, moved: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    manager, asked = comfy.model_management, list[int]()
+    monkeypatch.setattr(manager, "current_loaded_models", [])
+    monkeypatch.setattr(manager, "free_memory", lambda *_, **__: None)
+    monkeypatch.setattr(manager, "minimum_inference_memory", lambda: 100.0)
+    monkeypatch.setattr(manager, "get_free_memory", lambda _: free)
+    monkeypatch.setattr(model, "partially_unload", lambda _device, nbytes: asked.append(nbytes))
+    lanes: Any = SimpleNamespace(devices=("cuda:1", "cuda:0"), loaded_bytes=lambda rank: 0, nbytes=int(5e9))
+    LanesMemory(model, lanes).announce(model)
+    assert asked == moved
+
+
 def test_ranks_weights_do_not_make_room_for_the_hosts_own_copy_of_them(model: Any, monkeypatch: pytest.MonkeyPatch):
     manager = comfy.model_management
     monkeypatch.setattr(manager, "current_loaded_models", [])
@@ -204,6 +222,24 @@ def test_room_is_made_on_another_gpu_where_comfyui_has_put_a_model(model: Any, m
     lanes: Any = SimpleNamespace(devices=("cuda:0", "cuda:1", "b/cuda:0"), loaded_bytes=lambda rank: 0, nbytes=1)
     LanesMemory(model, lanes).announce(model)
     assert asked == [GPU, torch.device("cuda:1")]
+
+
+def test_a_split_makes_room_where_comfyui_does_not(model: Any, monkeypatch: pytest.MonkeyPatch):
+    manager, asked = comfy.model_management, list[tuple[float, torch.device]]()
+    monkeypatch.setattr(manager, "current_loaded_models", [])
+    monkeypatch.setattr(manager, "free_memory", lambda size, device, **_: asked.append((size, device)))
+    monkeypatch.setattr(manager, "minimum_inference_memory", lambda: 100.0)
+    made = AsyncUNetSplit.execute(model, "0,1", 2, 0, 1, "exact").args[0]
+    guider = SimpleNamespace(model_patcher=made)
+    sample = WrapperExecutor.new_class_executor(lambda: "sampled", guider, [make_room_elsewhere])
+    assert sample.execute() == "sampled"
+    assert not asked
+    gpus = GPU, torch.device("cuda:1")
+    others = [comfy.model_patcher.ModelPatcher(torch.nn.Linear(1, 1), gpu, gpu) for gpu in gpus]
+    loaded = [SimpleNamespace(model=one, device=one.load_device, real_model=lambda: True) for one in others]
+    manager.current_loaded_models.extend(loaded)
+    sample.execute()
+    assert asked == [(100.0 + 1.1 * made.largest_share, torch.device("cuda:1"))]
 
 
 def test_disabling_smart_memory_does_not_end_the_ranks(model: Any, monkeypatch: pytest.MonkeyPatch):

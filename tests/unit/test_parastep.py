@@ -129,6 +129,8 @@ SCHEDULE = [10.0, 6.0, 3.0, 1.0, 0.0]
 )
 def test_an_evaluation_lies_between_the_steps_of_its_sigma(sigma: float, at: float):
     assert position(sigma, SCHEDULE) == pytest.approx(at)
+    if sigma <= SCHEDULE[0]:
+        assert position(sigma, SCHEDULE[::-1]) == pytest.approx(len(SCHEDULE) - 1 - at), "as with FlipSigmas"
 
 
 def test_a_guard_without_a_bound_has_all_lanes_after_the_warm_up():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import comfy.hooks
@@ -252,6 +253,42 @@ def test_another_attention(model: Any, run: Any):
     model.model_options["transformer_options"]["optimized_attention_override"] = lambda *_: None
     with Refused("unsupported_patch", "optimized_attention_override"):
         run(model)
+
+
+def its_forward_replaced(denoiser: torch.nn.Module) -> None:
+    vars(denoiser)["forward_orig"] = MethodType(with_a_face, denoiser)
+
+
+def a_part_replaced(denoiser: torch.nn.Module) -> None:
+    denoiser.get_submodule("double_blocks.0.img_attn").forward = with_a_face
+
+
+def a_hook(denoiser: torch.nn.Module) -> None:
+    denoiser.get_submodule("single_blocks.0").register_forward_hook(with_a_face)
+
+
+def with_a_face(*args: Any) -> None:
+    raise AssertionError("ranks would not have called this")
+
+
+@pytest.mark.parametrize("change", [its_forward_replaced, a_part_replaced, a_hook])
+def test_code_put_on_the_denoiser_itself(change: Any, run: Any):
+    model = comfy.sd.load_diffusion_model(str(tiny_models.tiny_flux()))  # its own, because it will be spoiled
+    behind = split(model)
+    change(model.model.diffusion_model)
+    with Refused("unsupported_patch", "with_a_face into this MODEL's"):
+        run(model)
+    change(behind.model.diffusion_model)
+    with Refused("unsupported_patch", "with_a_face into this MODEL's"):
+        generate(behind, Request())
+
+
+def test_weights_that_a_split_model_does_not_have(model: Any):
+    behind = split(model)
+    with Refused("unsupported_patch", "has no weights in ComfyUI"):
+        ModelMergeSimple().merge(model, behind, 0.5)
+    with Refused("unsupported_patch", "has no weights in ComfyUI"):
+        behind.state_dict_for_saving()
 
 
 def test_a_whole_model_as_a_hook(model: Any, run: Any):

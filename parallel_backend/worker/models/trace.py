@@ -16,7 +16,6 @@ from torch.overrides import TorchFunctionMode
 from ...protocol import Recipe, Traced, UnitTrace
 from ...tensors import DTYPE_NAMES, flatten
 from ...units import Flow, Output, find_units
-from ..vacancy import free_bytes
 from .denoiser import HeldDenoiser
 from .inputs import forward_inputs
 from .loader import build, weight_bytes
@@ -61,6 +60,8 @@ def trace(
         first = Watch(denoiser, names, device, marking=True, moving=not held)
         result = run(first)
     order = list(range(len(names))) if units else first.order
+    if first.moves:  # each time all weights travel to the GPU, where a kernel's first run is over by now
+        repeats = min(repeats, 1)
     timed = [Watch(denoiser, names, device, marking=False, moving=not held) for _ in range(repeats)]
     for watch in timed:
         run(watch)
@@ -83,7 +84,6 @@ def trace(
         stem=min((w.stem for w in timed), default=0.0),
         head=min((w.head for w in timed), default=0.0),
         shared=weight_bytes(denoiser) - sum(weight_bytes(denoiser.get_submodule(name)) for name in names),
-        free=free_bytes(device),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
     )
 
@@ -148,7 +148,7 @@ class Stash:
 class Watch(TorchFunctionMode):
     """Watches one forward. With ``marking``, a tensor made outside the units carries the units that it came from.
 
-    ``moving``: units come to a GPU for their turn only.
+    ``moving``: units come to a GPU for their turn only; where there is none, nothing ``moves``.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Watch(TorchFunctionMode):
         self._names = names
         self._device = device
         self._marking = marking
-        self._moving = moving and device.type != "cpu"
+        self.moves = moving and device.type != "cpu"
         self._inside = False
         self._visiting: Stash | None = None
         self._since = 0.0
@@ -203,7 +203,7 @@ class Watch(TorchFunctionMode):
             if self._marking:
                 self.reads[index] |= marks_of((args, kwargs)) - {index}
                 self._inside = True
-            if self._moving:
+            if self.moves:
                 self._visiting = Stash(module)
                 module.to(self._device)
             self._begin = self._now()
