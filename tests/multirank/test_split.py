@@ -298,14 +298,28 @@ def test_a_new_stand_in_knows_of_weights_that_are_there_and_can_give_them_back()
 
 
 def test_whether_the_whole_denoiser_fits_is_asked_at_each_run(monkeypatch: pytest.MonkeyPatch):
-    request, room = Request(), [1, 1]
+    request, room = Request(), list[int]()
     monkeypatch.setattr(Pool, "free", lambda _pool, _tick: room)
     model = split(load("flux"), mode="exact", components=0)
+    scarce = [model.denoiser.nbytes] * 2  # of which weights may take a part
+    room[:] = scarce
     assert distance(generate(model, request), reference(request)) < EXACT
     assert in_ranks().cut, "no device holds all of it"
     room[:] = [1 << 40, 1 << 40]
     assert distance(generate(model, request), reference(request)) < EXACT
     assert in_ranks().cut is None, "another model went meanwhile"
-    room[:] = [1, 1]
+    room[:] = scarce
     assert distance(generate(model, request), reference(request)) < EXACT
     assert in_ranks().cut is None, "what is there fits"
+
+
+def test_a_new_pool_is_cut_by_the_memory_that_there_is_now(monkeypatch: pytest.MonkeyPatch):
+    model = split(load("flux"), mode="exact")
+    room = [2 * model.denoiser.nbytes] * 2
+    monkeypatch.setattr(Pool, "free", lambda _pool, _tick: room)
+    generate(model, Request())
+    held = in_ranks().parts[1].nbytes
+    supervisor.close_all()
+    room[1] = held
+    assert distance(generate(model, Request()), reference(Request())) < EXACT
+    assert in_ranks().parts[1].nbytes < held
