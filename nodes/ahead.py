@@ -90,7 +90,7 @@ def sampler_name(sampler: Any) -> str:
 
 
 def is_comfyuis(sampler: Any) -> bool:
-    """Whether a SAMPLER's function is one of ComfyUI's own."""
+    """Whether a SAMPLER's function is one of ComfyUI's own (of its nodes' files, comfy_extras, in tests only)."""
     return getattr(sampler.sampler_function, "__module__", "").split(".")[0] in OWN_PACKAGES
 
 

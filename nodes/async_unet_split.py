@@ -157,7 +157,8 @@ class AsyncUNetSplit(io.ComfyNode):
             teller(cls)(f"one device ({plan.devices[0]}), so Async UNet Split passes the MODEL through.")
             return io.NodeOutput(model)
         plan.check(model.model.diffusion_model)
-        refuse_replaced_methods(model.model.diffusion_model)
+        of_another_branch = {key.removeprefix("diffusion_model.") for key in model.object_patches_backup}
+        refuse_replaced_methods(model.model.diffusion_model, but=of_another_branch)
         size = weight_bytes(model.model.diffusion_model)
         denoiser = SplitDenoiser(plan, recipe_of(model), comfy_host(), size, shower(cls))
         denoiser.check_patches(patches_of(model))

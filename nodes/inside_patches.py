@@ -73,22 +73,28 @@ def describe(options: Mapping[str, Any]) -> dict[str, Any]:
     return _recent[key][0]
 
 
-def refuse_replaced_methods(denoiser: torch.nn.Module, ours: Container[str] = ()) -> None:
+def refuse_replaced_methods(denoiser: torch.nn.Module, but: Container[str] = ()) -> None:
     """Raises LeapfrogError unsupported_patch for a method that somebody has replaced on the denoiser or in it, or for a
-    hook on a module: ranks build theirs from ComfyUI's own classes. ``ours`` are names of the denoiser's to leave out.
+    hook on a module: ranks build theirs from ComfyUI's own classes. ``but`` are paths to leave out, such as "forward".
     """
     for path, module in denoiser.named_modules():
-        replaced = [
+        found = [
             value
             for name, value in vars(module).items()
-            if callable(value) and hasattr(type(module), name) and name != COMPILED and (path or name not in ours)
+            if _is_replaced(module, name, value) and f"{path}.{name}".lstrip(".") not in but
         ]
-        if found := [*replaced, *module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
+        if found := [*found, *module._forward_pre_hooks.values(), *module._forward_hooks.values()]:
             raise LeapfrogError.of(
                 "unsupported_patch",
                 f"Something has put {_label(found[0])} into this MODEL's {path or 'denoiser'}, which cannot travel to "
                 "a rank.",
             )
+
+
+def _is_replaced(module: torch.nn.Module, name: str, value: Any) -> bool:
+    """Whether an attribute hides a method of the module's class and is not that: ComfyUI assigns what it puts back."""
+    own = getattr(type(module), name, None)
+    return callable(value) and own is not None and name != COMPILED and getattr(value, "__func__", None) is not own
 
 
 def _functions(inside: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -135,7 +135,7 @@ class LanesMemory(RanksPatcher):
     def be_known(self) -> None:
         """Be among the models that the memory manager may unload."""
         manager = comfy.model_management
-        known = manager.LoadedModel(self)
+        known = _KnownRanks(self)
         if known not in manager.current_loaded_models:
             known.model_load()
             manager.current_loaded_models.insert(0, known)
@@ -146,6 +146,14 @@ class LanesMemory(RanksPatcher):
         others = [one for one in loaded if one.model is not self]
         known, loaded[:] = len(others) < len(loaded), others
         return known
+
+
+class _KnownRanks(comfy.model_management.LoadedModel):
+    """Of all that is wholly on a GPU the last to be moved: ranks have to read their file again, while what belongs to
+    the host, such as its own copy of the same weights, goes to main memory."""
+
+    def model_offloaded_memory(self) -> int:
+        return min(super().model_offloaded_memory(), -1)
 
 
 @contextmanager

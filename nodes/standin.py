@@ -204,7 +204,7 @@ class StandInPatcher(RanksPatcher):
 
     def pre_run(self) -> None:
         super().pre_run()
-        refuse_replaced_methods(self.model.diffusion_model, REPLACED)
+        refuse_replaced_methods(self.model.diffusion_model, but=REPLACED)
         if TORCH_COMPILE_KWARGS in self.model_options:
             log.warning("Leapfrog: TorchCompileModel has no effect on a split model; the ranks compute uncompiled.")
         self.attachments[RUN] = Run()

@@ -8,7 +8,7 @@ from statistics import median
 from typing import NamedTuple
 
 from .errors import LeapfrogError
-from .plan import SplitPlan
+from .plan import SplitPlan, check_components
 from .protocol import Cut, Traced
 from .schedules.partition import partition, slowest_share
 
@@ -57,6 +57,7 @@ def choose_cut(
         return Chosen(Cut(units, bounds + bounds[-1:] * twins), slowest_share(costs, bounds, stem=stem, head=head))
     limits = [_limit([free[rank] for rank in ranks], traces[0].shared) for ranks in holders]
     nbytes = [unit.nbytes for unit in traces[0].units]
+    check_components(components, len(units))
     try:
         bounds = best_bounds(costs, nbytes, traces[0].shared, limits, stem, head, plan.balance)
     except ValueError as error:

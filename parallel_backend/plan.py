@@ -161,12 +161,15 @@ class SplitPlan:
 
     def check(self, denoiser: Any) -> None:
         """Raises LeapfrogError: unsupported_model, or bad_plan for more components than the denoiser has units."""
-        units = len(find_units(denoiser))
-        components = self.degree or len(self.devices)
-        if components > units:
-            raise LeapfrogError.of(
-                "bad_plan", f"components {components}: this denoiser can be cut into {units} units at most."
-            )
+        check_components(self.degree or len(self.devices), len(find_units(denoiser)))
+
+
+def check_components(components: int, units: int) -> None:
+    """Raises LeapfrogError bad_plan for more components than there are units."""
+    if components > units:
+        raise LeapfrogError.of(
+            "bad_plan", f"components {components}: this denoiser can be cut into {units} units at most."
+        )
 
 
 @dataclass(frozen=True)

@@ -260,12 +260,7 @@ class SplitDenoiser(RemoteDenoiser):
             starts, chosen = True, None
             traces, asked = self._watched.look(pool, payload, patches.shapes, None, tick)
         if starts:
-            try:
-                chosen = choose_cut(traces, pool.free(tick), self._pipelines, self.plan, chosen and chosen.cut)
-            except LeapfrogError:
-                if not self.plan.cut.strip():
-                    self._watched.forget()  # it says how much memory was free then
-                raise
+            chosen = choose_cut(traces, pool.free(tick), self._pipelines, self.plan, chosen and chosen.cut)
             pool.memory.cut = (purpose, chosen)
         assert chosen
         return chosen, asked

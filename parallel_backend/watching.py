@@ -16,7 +16,7 @@ from .units import Flow
 
 log = logging.getLogger("leapfrog")
 REPEATS = 3
-"""How often a unit is timed."""
+"""How often a unit is timed, where no weights have to travel for that."""
 
 
 class Watched:

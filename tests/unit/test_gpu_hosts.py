@@ -165,6 +165,31 @@ def test_the_hosts_own_copy_gives_no_more_room_than_is_short(
     assert asked == moved
 
 
+def test_ranks_give_their_weights_back_after_the_host_has_moved_its_own(model: Any, monkeypatch: pytest.MonkeyPatch):
+    manager, moved = comfy.model_management, list[str]()
+    monkeypatch.setattr(manager, "current_loaded_models", [])
+    nbytes = weight_bytes(model.model.diffusion_model)
+    lanes: Any = SimpleNamespace(
+        devices=("cuda:0",), loaded_bytes=lambda rank: nbytes, nbytes=nbytes, unload=lambda _: moved.append("ranks")
+    )
+    ranks = LanesMemory(model, lanes)
+    ranks.be_known()
+    monkeypatch.setattr(model, "loaded_size", lambda: nbytes)
+    monkeypatch.setattr(model, "model_size", lambda: nbytes)
+    monkeypatch.setattr(model, "partially_unload", lambda *_: moved.append("host") or nbytes)
+    host = manager.LoadedModel(model)
+    host.real_model = lambda: model.model
+    manager.current_loaded_models.append(host)
+
+    def free(_device: torch.device, torch_free_too: bool = False) -> Any:
+        room = 1e9 if moved else 1e9 - 1000
+        return (room, 0.0) if torch_free_too else room
+
+    monkeypatch.setattr(manager, "get_free_memory", free)
+    manager.free_memory(1e9, GPU)
+    assert moved == ["host"]
+
+
 def test_ranks_weights_do_not_make_room_for_the_hosts_own_copy_of_them(model: Any, monkeypatch: pytest.MonkeyPatch):
     manager = comfy.model_management
     monkeypatch.setattr(manager, "current_loaded_models", [])

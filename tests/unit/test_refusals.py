@@ -17,6 +17,8 @@ import folder_paths
 import pytest
 import torch
 from comfy.k_diffusion import sampling
+from comfy.weight_adapter.bypass import BypassForwardHook
+from comfy.weight_adapter.lora import LoRAAdapter
 from comfy_extras.nodes_advanced_samplers import SamplerLCMUpscale
 from comfy_extras.nodes_model_advanced import ModelComputeDtype
 from comfy_extras.nodes_model_merging import ModelMergeSimple
@@ -24,6 +26,7 @@ from comfy_extras.nodes_model_merging import ModelMergeSimple
 import tiny_models
 from generation import Request, generate, prompt
 from leapfrog.nodes import AsyncUNetSplit
+from leapfrog.nodes.inside_patches import refuse_replaced_methods
 from leapfrog.nodes.parastep_sampler import plan_of
 from leapfrog.nodes.recipe import recipe_of
 from leapfrog.parallel_backend import LeapfrogError, supervisor
@@ -281,6 +284,31 @@ def test_code_put_on_the_denoiser_itself(change: Any, run: Any):
     change(behind.model.diffusion_model)
     with Refused("unsupported_patch", "with_a_face into this MODEL's"):
         generate(behind, Request())
+
+
+def begin_a_run(model: Any) -> None:
+    behind = split(model)
+    behind.pre_run()
+    behind.cleanup()
+
+
+def test_what_another_branch_has_put_on_the_same_denoiser_is_none_of_ours():
+    model = comfy.sd.load_diffusion_model(str(tiny_models.tiny_flux()))
+    denoiser = model.model.diffusion_model
+    for replaced in ("forward", "img_attn.forward"):
+        other = model.clone()
+        other.add_object_patch(f"diffusion_model.double_blocks.0.{replaced}", with_a_face)
+        other.patch_model(load_weights=False)
+        begin_a_run(model)
+        other.unpatch_model(unpatch_weights=False)  # puts the method back where there was none of the module's own
+        begin_a_run(model)
+        refuse_replaced_methods(denoiser)
+    layer = denoiser.get_submodule("double_blocks.0.img_attn.qkv")
+    assert "forward" in vars(denoiser.get_submodule("double_blocks.0"))
+    bypass = BypassForwardHook(layer, LoRAAdapter(set(), ()), 1.0)
+    bypass.inject()
+    bypass.eject()
+    refuse_replaced_methods(denoiser)
 
 
 def test_weights_that_a_split_model_does_not_have(model: Any):

@@ -32,7 +32,8 @@ def trace(
     recipe: Recipe, tree: tuple[Any, Any], device: torch.device, units: Sequence[str], repeats: int,
     shapes: Mapping[str, Sequence[int]], held: HeldDenoiser | None = None,
 ) -> Traced:  # fmt: skip
-    """The flow of the recipe's denoiser for these inputs, and unit times, the best of ``repeats``.
+    """The flow of the recipe's denoiser for these inputs, and unit times, the best of ``repeats`` (of one, on a GPU
+    that does not hold the denoiser).
 
     ``units`` are the units that a cut was made of; where empty they are found, and those that do not run are left out.
     In the order in which they run; those that run several times are always left out. ``shapes`` are those of weights
