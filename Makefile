@@ -46,9 +46,12 @@ bench-all: setup  ## the measured tables of speed in docs/results.md, and the si
 	@$(BIN)/python scripts/simulate.py $(PROFILES)
 	@$(BIN)/python scripts/simulate.py $(PROFILES) --by-link --devices 2 4
 
-quality-all: setup  ## every table of docs/quality: some eight hours of two cores
+WITHOUT_CFG := --models flux,unet,wan --cfg 1 --degrees 2,4 --only "lookahead|as published|balanced$$|fast$$"
+quality-all: setup  ## every table of docs/quality: some nine hours of two cores
 	@$(BIN)/python scripts/quality.py
 	@$(BIN)/python scripts/quality.py --models flux,unet,wan --sampler dpmpp_2m --samples 8 --steps 20,30,50
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG)
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) --sampler dpmpp_2m --samples 8 --steps 20,50
 
 quality: setup  ## how close both nodes come to ComfyUI alone, on the trained models, in short: build/quality
 	@$(BIN)/python scripts/quality.py --samples 4 --out build/quality

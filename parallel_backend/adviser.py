@@ -185,7 +185,7 @@ def _plans(facts: Facts, steps: int, conditionings: int, devices: tuple[str, ...
         yield Advice(None, alone, 1.0, facts.nbytes, math.inf)
         for count in range(1, len(devices) + 1):
             for plan, fidelity in _lanes_plans(devices[:count], facts.parts(conditionings)):
-                known = expected(fidelity, plan.lanes, steps, facts.sound)
+                known = expected(fidelity, plan.lanes, steps, conditionings > 1, facts.sound)
                 seconds = lanes_seconds(facts, plan, steps, conditionings)
                 seconds *= known.longer if known and plan.lanes > 1 else 1.0
                 decibels = math.inf if plan.lanes == 1 else known.decibels if known else None
@@ -195,7 +195,7 @@ def _plans(facts: Facts, steps: int, conditionings: int, devices: tuple[str, ...
             seconds, nbytes = split_seconds(facts, plan, steps, conditionings)
         except ValueError:  # no cut fits the devices
             continue
-        known = expected(plan.mode, plan.degree, steps, facts.sound) if plan.stride == 1 else None
+        known = expected(plan.mode, plan.degree, steps, conditionings > 1, facts.sound) if plan.stride == 1 else None
         seconds *= known.longer if known else 1.0
         decibels = math.inf if plan.mode == "exact" else known.decibels if known else None
         yield Advice(plan, seconds, alone / seconds, nbytes, decibels)

@@ -2,7 +2,8 @@
 
 From docs/quality: the trained proving models, steps 8, 20 and 50. For pictures and video the lowest fidelity and the
 lowest speed of six runs count (a small Flux, U-Net and Wan, with Euler and, but for 8 steps, with DPM++ 2M); for sound
-there is one (a small Stable Audio with Euler).
+there is one (a small Stable Audio with Euler). All of these with CFG 3 to 4; what was measured with CFG 1, too, is in a
+table of its own.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ TABLE: Table = {
     ("fast", 4): {8: Measured(49.4, 1.11), 20: Measured(47.8, 1.76), 50: Measured(57.8, 3.12)},
     ("fast", 8): {8: Measured(49.4, 1.11), 20: Measured(47.8, 1.76), 50: Measured(51.9, 3.51)},
 }
+UNGUIDED: Table = {
+}
 SOUND: Table = {
     ("lookahead", 2): {8: Measured(53.0, 1.15), 20: Measured(49.4, 1.38), 50: Measured(61.0, 1.87)},
     ("lookahead", 4): {8: Measured(50.4, 1.23), 20: Measured(46.7, 1.54), 50: Measured(55.2, 2.35)},
@@ -73,13 +76,13 @@ class Expected:
     longer: float
 
 
-def expected(kind: str, degree: int, steps: int, sound: bool = False) -> Expected | None:
+def expected(kind: str, degree: int, steps: int, guided: bool = True, sound: bool = False) -> Expected | None:
     """What may be expected of a split in mode ``kind`` with so many components, or of ParaStep's preset with so many
-    lanes; None where nothing like it was measured.
+    lanes; None where nothing like it was measured. ``guided``: with CFG above 1.
 
-    Between what was measured counts the harder case: the next higher degree, the next lower number of steps.
+    Between what was measured counts the harder case: the next higher degree, the next lower number of steps, CFG 3 to 4.
     """
-    table = SOUND if sound else TABLE
+    table = SOUND if sound else TABLE if guided else TABLE | UNGUIDED
     degrees = [known for name, known in table if name == kind and known >= degree]
     counts = [known for known in (8, 20, 50) if known <= steps]
     if not degrees or not counts:

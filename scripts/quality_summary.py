@@ -31,12 +31,12 @@ that of ParaStep counts rounds. A model whose parts are not equal is slower: of 
 takes 57 % of a step, which leaves lookahead 1.58x of 1.74x at 20 steps; full-size U-Nets are cut nearly evenly
 (results.md). PSNR of pictures that are the same counts as 120 dB. Warm-up is automatic with a guard and for
 lookahead; 3 steps for AsyncDiff and, without a guard, 3 for two lanes and 5 for more. *As published* is the schedule:
-AsyncDiff's cuts are ours, and it was published for up to four components. All pictures are drawn with CFG, 3 to 4;
-with CFG 1 nothing was measured.
+AsyncDiff's cuts are ours, and it was published for up to four components.
 
 Steps are what is computed in parallel here, on as many devices as there are lanes or components, as the nodes do with
 CFG 1. With CFG above 1 they first give each prompt a device, which is exact: two devices then draw the same picture,
-ideally twice as fast; four do what stands here for two, ideally twice as fast as that.
+ideally twice as fast; four do what stands here for two, ideally twice as fast as that. Where no CFG is named it is the
+model's own, 3 to 4, with which more is rejected than with CFG 1.
 
 `python scripts/quality.py` writes this page from the CSV files beside it; `make quality` a short form of it elsewhere.
 

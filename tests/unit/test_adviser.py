@@ -160,6 +160,7 @@ def test_rejected_steps_are_paid_for_as_measured():
     ("table", "runs"),
     [
         (fidelity.TABLE, [f"{model}-{by}.csv" for model in ("flux", "unet", "wan") for by in ("euler", "dpmpp_2m")]),
+        (fidelity.UNGUIDED, [f"{model}-{by}-cfg1.csv" for model in ("flux", "unet", "wan") for by in ("euler", "dpmpp_2m")]),
         (fidelity.SOUND, ["audio-euler.csv"]),
     ],
 )

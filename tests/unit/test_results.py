@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pack import ROOT
+from quality_report import Row
 from quality_summary import ranges, read, span, write_summary
 
 DOCS = [ROOT / "docs/results.md", *sorted((ROOT / "docs/quality").glob("*.md"))]
@@ -98,5 +99,62 @@ def test_the_help_page_says_what_was_measured(preset: str, lanes: int):
 
 @pytest.mark.parametrize("steps", [20, 50])
 def test_the_ranges_are_those_of_the_csv_files(steps: int):
-    runs = [read(path) for path in sorted((ROOT / "docs/quality").glob("*.csv")) if "audio" not in path.stem]
+    paths = sorted((ROOT / "docs/quality").glob("*.csv"))
+    runs = [read(path) for path in paths if not re.search("audio|cfg", path.stem)]
     assert "\n".join(ranges(runs, steps)) in (ROOT / "docs/results.md").read_text()
+
+
+WITHOUT_CFG = [read(ROOT / "docs/quality" / f"{model}-euler-cfg1.csv") for model in ("flux", "unet", "wan")]
+IN_THAT_TIME = {8: 6, 20: 12, 50: 27}
+"""Steps that one device takes in the time of two lanes."""
+
+
+def models_with(models: list[list[Row]], way: str, degree: int, steps: int) -> list[Row]:
+    """The row of each model; of "fewer steps" the better solver's."""
+    if way == "fewer steps":
+        several = [[row for row in rows if row.mode.endswith(way)] for rows in models]
+        fits = [[row for row in rows if (row.of, row.steps) == (steps, IN_THAT_TIME[steps])] for rows in several]
+    else:
+        fits = [[row for row in rows if (row.mode, row.degree, row.of) == (way, degree, steps)] for rows in models]
+    return [max(rows, key=lambda row: row.psnr) for rows in fits]
+
+
+@pytest.mark.parametrize("steps", [20, 50])
+@pytest.mark.parametrize(
+    ("named", "way"),
+    [
+        ("ParaStep *balanced*", "ParaStep, balanced"),
+        ("ParaStep as published", "ParaStep as published"),
+        ("lookahead", "lookahead"),
+        ("AsyncDiff as published", "AsyncDiff as published"),
+        ("*fewer steps on one device*", "fewer steps"),
+    ],
+)
+def test_the_readme_says_what_was_measured_with_two_devices(named: str, way: str, steps: int):
+    found = models_with(PICTURES, way, 2, steps)
+    said = f"{span([row.psnr for row in found], 0)} dB at {span([row.speed for row in found], 2, 'x')}"
+    (line,) = re.findall(rf"^\| {re.escape(named)} \| .* dB at .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert line.split(" | ")[1 if steps == 20 else 2].removesuffix(" |") == said
+
+
+@pytest.mark.parametrize(
+    ("named", "way", "degree"),
+    [
+        ("ParaStep *balanced*, 2 lanes", "ParaStep, balanced", 2),
+        ("ParaStep *balanced*, 4 lanes", "ParaStep, balanced", 4),
+        ("ParaStep *fast*, 4 lanes", "ParaStep, fast", 4),
+        ("ParaStep as published, 2 lanes", "ParaStep as published", 2),
+        ("ParaStep as published, 4 lanes", "ParaStep as published", 4),
+        ("lookahead, 2 components", "lookahead", 2),
+        ("lookahead, 4 components", "lookahead", 4),
+        ("AsyncDiff as published, 2 components", "AsyncDiff as published", 2),
+        ("AsyncDiff as published, 4 components", "AsyncDiff as published", 4),
+        ("6, 12, 27 steps on one device", "fewer steps", 0),
+    ],
+)
+def test_the_table_without_cfg_is_that_of_the_csv_files(named: str, way: str, degree: int):
+    cells = []
+    for steps in (8, 20, 50):
+        found = models_with(WITHOUT_CFG, way, degree, steps)
+        cells.append(f"{span([row.speed for row in found], 2, 'x')}, {span([row.psnr for row in found], 0)} dB")
+    assert f"| {named} | {' | '.join(cells)} |" in (ROOT / "docs/results.md").read_text()
