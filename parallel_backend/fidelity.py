@@ -48,6 +48,14 @@ TABLE: Table = {
     ("fast", 8): {8: Measured(49.4, 1.11), 20: Measured(47.8, 1.76), 50: Measured(51.9, 3.51)},
 }
 UNGUIDED: Table = {
+    ("lookahead", 2): {8: Measured(52.1, 1.38), 20: Measured(58.6, 1.74), 50: Measured(57.9, 1.89)},
+    ("lookahead", 4): {8: Measured(41.8, 1.29), 20: Measured(50.9, 2.15), 50: Measured(52.9, 3.39)},
+    ("asyncdiff", 2): {8: Measured(31.2, 1.45), 20: Measured(33.7, 1.74), 50: Measured(38.7, 1.89)},
+    ("asyncdiff", 4): {8: Measured(26.0, 1.88), 20: Measured(27.0, 2.76), 50: Measured(31.5, 3.39)},
+    ("balanced", 2): {8: Measured(58.5, 1.24), 20: Measured(56.9, 1.67), 50: Measured(76.9, 1.85)},
+    ("balanced", 4): {8: Measured(57.4, 1.23), 20: Measured(52.5, 2.00), 50: Measured(57.0, 3.12)},
+    ("fast", 2): {8: Measured(58.5, 1.33), 20: Measured(56.9, 1.67), 50: Measured(76.9, 1.85)},
+    ("fast", 4): {8: Measured(46.5, 1.33), 20: Measured(45.4, 2.22), 50: Measured(57.0, 3.12)},
 }
 SOUND: Table = {
     ("lookahead", 2): {8: Measured(53.0, 1.15), 20: Measured(49.4, 1.38), 50: Measured(61.0, 1.87)},
@@ -80,7 +88,7 @@ def expected(kind: str, degree: int, steps: int, guided: bool = True, sound: boo
     """What may be expected of a split in mode ``kind`` with so many components, or of ParaStep's preset with so many
     lanes; None where nothing like it was measured. ``guided``: with CFG above 1.
 
-    Between what was measured counts the harder case: the next higher degree, the next lower number of steps, CFG 3 to 4.
+    Between what was measured counts the harder case: the next higher degree, the next lower number of steps, more CFG.
     """
     table = SOUND if sound else TABLE if guided else TABLE | UNGUIDED
     degrees = [known for name, known in table if name == kind and known >= degree]

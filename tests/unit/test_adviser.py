@@ -101,7 +101,7 @@ def test_faithful_is_closer_and_not_faster_than_fastest():
     assert fastest.speed >= balanced.speed >= faithful.speed >= 1.2
     assert faithful.suits("faithful")
     assert isinstance(faithful.plan, LanesPlan)
-    assert (faithful.plan.lanes, faithful.closeness) == (2, "about 70 dB or more")
+    assert (faithful.plan.lanes, faithful.closeness) == (2, "about 75 dB or more")
 
 
 def test_the_least_memory_is_the_deepest_cut():
@@ -156,11 +156,14 @@ def test_rejected_steps_are_paid_for_as_measured():
     assert eight.speed == pytest.approx(1.6, rel=0.01)
 
 
+PICTURES = ("flux", "unet", "wan")
+
+
 @pytest.mark.parametrize(
     ("table", "runs"),
     [
-        (fidelity.TABLE, [f"{model}-{by}.csv" for model in ("flux", "unet", "wan") for by in ("euler", "dpmpp_2m")]),
-        (fidelity.UNGUIDED, [f"{model}-{by}-cfg1.csv" for model in ("flux", "unet", "wan") for by in ("euler", "dpmpp_2m")]),
+        (fidelity.TABLE, [f"{model}-{by}.csv" for model in PICTURES for by in ("euler", "dpmpp_2m")]),
+        (fidelity.UNGUIDED, [f"{model}-{by}-cfg1.csv" for model in PICTURES for by in ("euler", "dpmpp_2m")]),
         (fidelity.SOUND, ["audio-euler.csv"]),
     ],
 )
@@ -177,14 +180,20 @@ def test_what_is_expected_is_what_was_measured_at_worst(table: fidelity.Table, r
             assert known.pace == pytest.approx(min(row.speed for row in found), abs=0.0051)
 
 
-def test_sound_is_another_matter():
-    def closeness(sound: bool) -> float:
-        plans = advise(chain(sound=sound), 20, 1, CPUS[:2], "fastest")
-        two = [one for one in plans if isinstance(one.plan, LanesPlan) and one.plan.lanes == 2]
-        return next(one.decibels or 0.0 for one in two if one.fidelity == "balanced")
+@pytest.mark.parametrize(
+    ("sound", "conditionings", "table"),
+    [(True, 1, fidelity.SOUND), (False, 2, fidelity.TABLE), (False, 1, fidelity.UNGUIDED)],
+)
+def test_what_counts_is_what_was_measured_of_such_a_model(sound: bool, conditionings: int, table: fidelity.Table):
+    plans = advise(chain(sound=sound), 20, conditionings, CPUS[:2], "fastest")
+    two = [one for one in plans if isinstance(one.plan, LanesPlan) and one.plan.lanes == 2]
+    assert next(one.decibels for one in two if one.fidelity == "balanced") == table["balanced", 2][20].decibels
 
-    assert closeness(True) == fidelity.SOUND["balanced", 2][20].decibels
-    assert closeness(False) == fidelity.TABLE["balanced", 2][20].decibels
+
+def test_without_cfg_eight_steps_are_worth_a_second_device():
+    best, *_ = advise(chain(**PLENTY), 8, 1, CPUS[:2], "balanced")
+    assert best.plan is not None
+    assert best.speed > 1.2
 
 
 def test_rows_that_cannot_be_divided_have_no_lanes_of_their_own():

@@ -27,15 +27,16 @@ def launch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Launch]:
     started: list[RankProcess] = []
 
     def start(program: str) -> RankProcess:
-        script = tmp_path / "program.py"
-        script.write_text(READS_ORDERS + program)
+        script, ready = tmp_path / "program.py", tmp_path / f"ready {len(started)}"
+        script.write_text(f"{READS_ORDERS}while not os.path.exists({str(ready)!r}): time.sleep(0.01)\n{program}")
         monkeypatch.setattr(launcher, "PACKAGE", script)
         spec = LaunchSpec(
             rank=1, world=2, device="cpu", backend="gloo", threads=1, port=0, secret="", comfy_root=str(tmp_path),
             comfy_args=[], timeout_s=1.0,
         )  # fmt: skip
         started.append(RankProcess(spec))
-        started[-1].starting = False
+        started[-1].starting = False  # before it says anything
+        ready.touch()
         return started[-1]
 
     yield start
