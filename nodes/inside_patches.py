@@ -87,8 +87,8 @@ def refuse_replaced_methods(denoiser: torch.nn.Module, but: Container[str] = ())
             raise LeapfrogError.of(
                 "unsupported_patch",
                 f"Something has put {_label(found[0])} into this MODEL's {path or 'denoiser'}, which cannot travel to "
-                "a rank. If no node does so any more, it was left there; ComfyUI's command 'Unload Models and Execution "
-                "Cache' removes it.",
+                "a rank. If no node does so any more, it was left there; ComfyUI's command 'Unload Models and "
+                "Execution Cache' removes it.",
             )
 
 
