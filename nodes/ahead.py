@@ -90,7 +90,8 @@ def sampler_name(sampler: Any) -> str:
 
 
 def is_comfyuis(sampler: Any) -> bool:
-    """Whether a SAMPLER's function is one of ComfyUI's own (of its nodes' files, comfy_extras, in tests only)."""
+    """Whether a SAMPLER's function is one of ComfyUI's own. Those of its extra nodes may not be known as such: a server
+    names their modules by path."""
     return getattr(sampler.sampler_function, "__module__", "").split(".")[0] in OWN_PACKAGES
 
 

@@ -93,17 +93,18 @@ class Recipe(msgspec.Struct, frozen=True, eq=False):
             raise LeapfrogError.of("no_recipe", f"The MODEL's loader got {error}.") from None
         if tensors:
             raise LeapfrogError.of("no_recipe", "The MODEL's loader got tensors among its options.")
-        return cls(loader, str(file.resolve()), json.dumps(spec), _stamp(file), named=str(file.absolute()))
+        return cls(loader, str(file.resolve()), json.dumps(spec), stamp_of(file), named=str(file.absolute()))
 
     def renewed(self) -> Recipe:
         """The recipe of the file as it is now; this one where it is gone."""
         try:
-            return msgspec.structs.replace(self, stamp=_stamp(Path(self.path)))
+            return msgspec.structs.replace(self, stamp=stamp_of(Path(self.path)))
         except OSError:
             return self
 
 
-def _stamp(file: Path) -> tuple[int, int]:
+def stamp_of(file: Path) -> tuple[int, int]:
+    """A file's stamp, as in a :class:`Recipe`. Raises OSError."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns
 

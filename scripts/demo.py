@@ -77,6 +77,10 @@ def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
         changes = {"sample": {"steps": steps}, "split": {"devices": devices, **inputs}}
         return graph("async_unet_split", changes)
 
+    def in_that_time(solver: str, sampler: str) -> Mode:
+        changes = {"sample": {"steps": fewer, "sampler_name": sampler}}
+        return Mode(f"ComfyUI, {fewer} steps {solver}", graph("stock_flux", changes), 0)
+
     return [
         Mode("ComfyUI alone", graph("stock_flux", plain), 0),
         Mode("Split, lookahead", split("lookahead"), ranks),
@@ -84,14 +88,8 @@ def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
         Mode("Split, exact", split("exact"), ranks),
         Mode("Split, CFG lanes", split("lookahead", components=1), ranks),
         Mode("ParaStep Sampler", graph("parastep_sampler", lanes), min(ranks, 2 * LANES)),
-        *(
-            Mode(
-                f"ComfyUI, {fewer} steps {solver}",
-                graph("stock_flux", {"sample": {"steps": fewer, "sampler_name": name}}),
-                0,
-            )
-            for name, solver in (("euler", "Euler"), ("dpmpp_2m", "DPM++ 2M"))
-        ),
+        in_that_time("Euler", "euler"),
+        in_that_time("DPM++ 2M", "dpmpp_2m"),
     ]
 
 

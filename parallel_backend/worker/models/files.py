@@ -9,7 +9,7 @@ import msgspec
 
 from ...errors import LeapfrogError
 from ...machines import fingerprint
-from ...protocol import Recipe
+from ...protocol import Recipe, stamp_of
 
 FOLDERS = ("diffusion_models", "checkpoints")
 
@@ -23,8 +23,7 @@ def among_ours(recipe: Recipe) -> Recipe:
     folders = [Path(folder) for name in FOLDERS for folder in folder_paths.get_folder_paths(name)]
     found = [path for parts in names for path in _likely(parts, folders) if path.is_file()]
     for path in found:
-        status = path.stat()
-        stamp = (status.st_size, status.st_mtime_ns)
+        stamp = stamp_of(path)
         if stamp[0] == recipe.stamp[0] and fingerprint(str(path), stamp) == recipe.fingerprint:
             return msgspec.structs.replace(recipe, path=str(path), stamp=stamp)
     what = f"has another content than ComfyUI's: {found[0]}" if found else f"is not in {', '.join(map(str, folders))}"
