@@ -6,6 +6,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 endif
 
 UNDISTURBED := tests/multirank tests/unit
+FILES_AT_ONCE ?= 2
 PROFILES := $(patsubst %,build/simulate/%.json,sd15 sd21 sdxl)
 HAS_GPU = $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
@@ -15,13 +16,14 @@ HAS_GPU = $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_availa
 demo: setup  ## one prompt through ComfyUI alone and through both nodes: a table and a picture
 	@$(BIN)/python scripts/demo.py
 
-test: lint  ## lint, then every test that can run here; those that nothing disturbs two files at a time
-	$(BIN)/pytest -n 2 --dist loadfile $(UNDISTURBED)
+test: lint  ## lint, then every test that can run here; those that nothing disturbs several files at a time
+	$(BIN)/pytest -n $(FILES_AT_ONCE) --dist loadfile $(UNDISTURBED)
 	$(BIN)/pytest $(addprefix --ignore ,$(UNDISTURBED))
 	! $(HAS_GPU) || $(MAKE) test-gpu
 
-test-gpu: setup  ## what ranks do, with ranks on GPUs
-	TEST_ON_GPUS=1 $(BIN)/pytest tests/gpu tests/multirank tests/faults tests/host/test_server_blocks.py
+test-gpu: setup  ## what ranks do, with ranks on GPUs; memory first, with nobody else on them
+	TEST_ON_GPUS=1 $(BIN)/pytest tests/gpu
+	TEST_ON_GPUS=1 $(BIN)/pytest -n $(FILES_AT_ONCE) --dist loadfile tests/multirank tests/faults tests/host/test_server_blocks.py
 
 lint: setup
 	$(BIN)/ruff check

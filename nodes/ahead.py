@@ -152,7 +152,9 @@ class AheadSampler(comfy.samplers.KSAMPLER):
         return False
 
     def __init__(self, base: comfy.samplers.KSAMPLER):
-        super().__init__(self._sample, dict(base.extra_options), base.inpaint_options)
+        # without KSAMPLER's own, for which the function is a value: kept by its own object, it would keep that alive
+        self.extra_options = dict(base.extra_options)
+        self.inpaint_options = base.inpaint_options
         self.base = base
         self.last_run: Any = None
 
@@ -170,7 +172,7 @@ class AheadSampler(comfy.samplers.KSAMPLER):
         raise NotImplementedError
 
     @torch.no_grad()
-    def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+    def sampler_function(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         """k-diffusion's sampler signature: ``model`` is KSamplerX0Inpaint around the guider, ``x`` ``[batch, ...]``."""
         extra_args = dict(extra_args or {})
         extra_args["model_options"] = uncompiled(extra_args.get("model_options", {}))

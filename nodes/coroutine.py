@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -53,7 +53,7 @@ class Coroutine:
         self._turn.release()
         self._back.acquire()
         if not self._dropped and self._error is not None and not isinstance(self._error, Exception):
-            raise self._error
+            self._raise(self._error)
 
     def pause(self, pending: Any) -> None:
         """Called by ``work``: give the turn back until ``pending`` is ready."""
@@ -65,10 +65,17 @@ class Coroutine:
             raise Dropped
 
     def result(self) -> Any:
-        """What ``work`` returned; raises what it raised. It has to have ended."""
+        """What ``work`` returned; raises what it raised, once. It has to have ended."""
         if self._error is not None:
-            raise self._error
+            self._raise(self._error)
         return self._result
+
+    def _raise(self, error: BaseException) -> NoReturn:
+        try:
+            raise error
+        finally:
+            self._error = None  # whose traceback has this coroutine: neither would go before Python's collector comes
+            del error
 
     def drop(self) -> None:
         """End it; whatever it still does is thrown away."""

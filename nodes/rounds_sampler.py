@@ -64,7 +64,7 @@ class RoundsSampler(AheadSampler):
         assert self._memory
         return self._memory.denoiser
 
-    def _sample(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
+    def sampler_function(self, model, x, sigmas, extra_args=None, callback=None, disable=None, **options):
         guider = model.inner_model
         self._direct = type(model) is comfy.samplers.KSamplerX0Inpaint
         denoiser = self._denoiser_for(guider, x)
@@ -78,7 +78,7 @@ class RoundsSampler(AheadSampler):
         try:
             with calls_that_fit(base):
                 args = {**args, "model_options": through}
-                result = super()._sample(model, x, sigmas, args, callback, disable, **options)
+                result = super().sampler_function(model, x, sigmas, args, callback, disable, **options)
             self._tell("ParaStep: " + "; ".join([self.last_run.summary(), *denoiser.notes]))
             return result
         finally:
@@ -96,7 +96,7 @@ class RoundsSampler(AheadSampler):
                 group.append(LaneWave(self.denoiser, group, guider, partial(evaluate, question), lanes))
             self.denoiser.flush(comfy.model_management.throw_exception_if_processing_interrupted)
         except BaseException:
-            for wave in group:
+            for wave in list(group):
                 wave.drop()
             raise
         return lanes_of(group[0], lanes) if together else group
@@ -192,7 +192,16 @@ class LaneWave(Wave):
             for other in self._group if not self.ended else ():
                 if not other.ended and other.pauses < self.pauses:
                     other._go_on()
+        self._leave()
         return self.result()
+
+    def drop(self) -> None:
+        super().drop()
+        self._leave()
+
+    def _leave(self) -> None:
+        if self in self._group:  # or they would keep each other alive, and the MODEL with them
+            self._group.remove(self)
 
     def _go_on(self) -> None:
         self.denoiser.wait(self.pending, comfy.model_management.throw_exception_if_processing_interrupted)

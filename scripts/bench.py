@@ -31,7 +31,7 @@ CFG = 7.0
 CPU = "cpu"
 ALONE, ALONE_UNGUIDED = "ComfyUI alone", "ComfyUI alone, CFG 1"
 RANKS = 2
-TITLES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1"}
+TITLES = {"sd15": "Stable Diffusion 1.5", "sd21": "Stable Diffusion 2.1", "sdxl": "Stable Diffusion XL"}
 SECONDS_SOLO = 12.0
 # All processes alike: glibc keeps what is freed. By default it gives large blocks back to the system, and the page
 # faults that follow cost more than the arithmetic, the more so the more weights a process works on.
@@ -45,11 +45,25 @@ def keep_memory() -> None:
 
 
 def devices(ranks: int = RANKS) -> tuple[str, ...]:
-    """The ranks' devices: GPUs where there are so many, else the CPU."""
+    """The ranks' devices: GPUs where there are so many or LEAPFROG_SHARE_GPU is 1, else the CPU."""
     import torch
 
-    many = torch.cuda.device_count() >= ranks  # does not start CUDA: it can still be hidden
-    return tuple(f"cuda:{i}" for i in range(ranks)) if many else (CPU,) * ranks
+    gpus = torch.cuda.device_count()  # does not start CUDA: it can still be hidden
+    enough = gpus >= ranks or (gpus and os.environ.get("LEAPFROG_SHARE_GPU") == "1")
+    return tuple(f"cuda:{i % gpus}" for i in range(ranks)) if enough else (CPU,) * ranks
+
+
+def machine(ranks: int = RANKS) -> str:
+    """What this machine is, and where the ranks are on it."""
+    import torch
+
+    named = devices(ranks)
+    text = f"{platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(named)}"
+    if named[0] == CPU:
+        return text
+    part = os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+    mps = f", {part} % of its multiprocessors for each process (MPS)" if part else ""
+    return f"{text} ({torch.cuda.get_device_name()}{mps}), torch {torch.__version__}"
 
 
 def timed(options: argparse.Namespace, model: Any, sampler: Any, steps: int, cfg: float) -> tuple[Any, float]:
@@ -81,13 +95,15 @@ def solo(name: str, size: int) -> None:
     t = torch.full((2,), 500.0, device=device)
     shapes = (2, 4, size, size), (2, 77, MODELS[name].config["context_dim"])
     x, context = (torch.randn(shape, device=device, dtype=dtype) for shape in shapes)
+    pooled = MODELS[name].config["adm_in_channels"]
+    y = torch.randn(2, pooled, device=device, dtype=dtype) if pooled else None
     with torch.inference_mode():
-        denoiser(x, t, context=context)
+        denoiser(x, t, context=context, y=y)
         print("ready", flush=True)
         sys.stdin.readline()
         began, calls = time.perf_counter(), 0
         while time.perf_counter() - began < SECONDS_SOLO:
-            denoiser(x, t, context=context).sum().item()  # waits for a GPU
+            denoiser(x, t, context=context, y=y).sum().item()  # waits for a GPU
             calls += 1
         print(calls / (time.perf_counter() - began), flush=True)
 
@@ -274,7 +290,7 @@ def rows_of(options: argparse.Namespace, whole: Any) -> dict[str, Row]:
 
     ahead, parallel_lanes = split("lookahead"), lanes(ranks, 1.0)
     native = {}
-    if devices(ranks)[0] != CPU:  # it counts CUDA devices only
+    if len(set(devices(ranks))) > 1:  # it counts CUDA devices only
         from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
 
         native["MultiGPU CFG Split"] = row(MultiGPUCFGSplitNode.execute(whole.clone(), 2).args[0], bound=2.0)
@@ -306,7 +322,7 @@ def scaling(options: argparse.Namespace) -> None:
 
     guided = ("ParaStep, CFG lanes", "Async UNet Split, lookahead")
     unguided = parallel(options)
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(devices(options.ranks))}")
+    print(f"{date.today()}, {machine(options.ranks)}")
     print(f"{TITLES[options.model]} U-Net, random weights, one run of each; else as in the first line")
     print(f"| | {ALONE}, CFG {CFG:g} | {' | '.join(guided)} | {ALONE_UNGUIDED} | {unguided} |\n{'|---' * 6}|")
     whole = load(options.model)
@@ -333,7 +349,7 @@ def run(options: argparse.Namespace) -> None:
     from leapfrog.parallel_backend.watching import Watched
 
     ranks, steps = options.ranks, options.steps
-    print(f"{date.today()}, {platform.machine()}, {os.cpu_count()} cores, ranks on {', '.join(devices(ranks))}")
+    print(f"{date.today()}, {machine(ranks)}")
     print(
         f"{TITLES[options.model]} U-Net, random weights, latent side {options.size}, {options.steps} steps, CFG {CFG}"
     )
@@ -364,7 +380,7 @@ def run(options: argparse.Namespace) -> None:
                     trace.unlink()
     for name in (ALONE, ALONE_UNGUIDED):
         if name in rows:
-            print(f"{name}: {1e3 * statistics.median(rows[name].seconds) / steps:.0f} ms per step on one thread")
+            print(f"{name}: {1e3 * statistics.median(rows[name].seconds) / steps:.3g} ms per step")
     heads = f"{'seconds':>9}{'speed':>8}{'(each time)':>16}{'bound':>8}{'of the reachable':>19}{'rel. difference':>17}"
     print(f"{'':30}{heads}")
     table = []
@@ -383,7 +399,7 @@ def run(options: argparse.Namespace) -> None:
             f"{statistics.median(between):.2f} ms pass until ranks evaluate again (medians)"
         )
     for traced in Watched._traces.values():
-        print("unit times, ms: " + " ".join(f"{1e3 * unit.seconds:.0f}" for unit in traced[0].units))
+        print("unit times, ms: " + " ".join(f"{1e3 * unit.seconds:.3g}" for unit in traced[0].units))
     result = {"steps": options.steps, "size": options.size, "factor": factor, "rows": table}
     (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)
     (ROOT / "build" / "bench" / "result.json").write_text(json.dumps(result, indent=1))

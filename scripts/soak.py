@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import random
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from campaign import (
     until_told_to_stop,
 )
 from comfy_server import ComfyServer, PromptInterrupted
-from where import choose
+from where import ON_GPUS, choose
 
 SIZES = ((128, 128), (128, 128), (160, 96), (96, 160), (192, 128))
 COLLECTS_S = 11.0
@@ -55,10 +56,12 @@ class Turn:
 
 @dataclass(frozen=True)
 class Holdings:
-    """What the processes hold: bytes that are their own (host first), open files, shared memory segments, ranks."""
+    """What the processes hold: bytes that are their own (host first), the same of GPUs where ranks are on them, open
+    files, shared memory segments, ranks."""
 
     prompts: int
     memory: tuple[int, ...]
+    gpu_memory: tuple[int, ...]
     files: tuple[int, ...]
     segments: int
     pids: tuple[int, ...]
@@ -66,9 +69,11 @@ class Holdings:
     @classmethod
     def of(cls, server: ComfyServer, prompts: int) -> Holdings:
         processes = [psutil.Process(server.pid), *ranks(server)]
+        on_gpus = gpu_memory() if ON_GPUS else {}
         return cls(
             prompts,
             tuple(one.memory_full_info().uss for one in processes),
+            tuple(on_gpus[one.pid] for one in processes if ON_GPUS),
             tuple(one.num_fds() for one in processes),
             len(segments(server.pid)),
             tuple(one.pid for one in processes[1:]),
@@ -76,7 +81,19 @@ class Holdings:
 
     def __str__(self) -> str:
         memory = ", ".join(f"{size / MB:.1f}" for size in self.memory)
+        if self.gpu_memory:
+            memory += " MB; on GPUs " + ", ".join(f"{size / MB:.1f}" for size in self.gpu_memory)
         return f"{self.prompts:4} prompts: {memory} MB; files {self.files}; segments {self.segments}"
+
+
+def gpu_memory() -> dict[int, int]:
+    """Bytes of GPUs by process, as the driver counts them."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
+    held: dict[int, int] = {}
+    for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
+        pid, mebibytes = map(int, line.split(","))
+        held[pid] = held.get(pid, 0) + (mebibytes << 20)
+    return held
 
 
 @dataclass
@@ -90,8 +107,10 @@ class Soak:
 
     @property
     def growth(self) -> list[float]:
-        """Of each process's memory, host first."""
-        return [end / begin - 1 for begin, end in zip(self.holdings[0].memory, self.holdings[-1].memory, strict=True)]
+        """Of each process's memory, host first, and then of each one's on GPUs."""
+        first, last = self.holdings[0], self.holdings[-1]
+        begin, end = first.memory + first.gpu_memory, last.memory + last.gpu_memory
+        return [after / before - 1 for before, after in zip(begin, end, strict=True)]
 
     @property
     def more_files(self) -> int:
@@ -113,9 +132,11 @@ class Soak:
         """Everything in one line."""
         first, last = self.holdings[0], self.holdings[-1]
         names = ["host", *(f"rank {rank}" for rank in range(len(first.pids)))]
+        names += [f"{name} on its GPU" for name in names if first.gpu_memory]
+        begins, ends = first.memory + first.gpu_memory, last.memory + last.gpu_memory
         memory = ", ".join(
             f"{name} {begin / MB:.0f} to {end / MB:.0f} MB ({end / begin - 1:+.1%})"
-            for name, begin, end in zip(names, first.memory, last.memory, strict=True)
+            for name, begin, end in zip(names, begins, ends, strict=True)
         )
         return (
             f"soak: {self.prompts} prompts, {self.cancelled} of them cancelled, {self.wrong} wrong pictures, "

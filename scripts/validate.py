@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from bench import CFG, RANKS, TITLES, devices, keep_memory
+from bench import CFG, RANKS, TITLES, devices, keep_memory, machine
 from full_size import conditioning, load, sample
 from pack import ROOT, add_comfyui, load_pack
 
@@ -154,7 +154,7 @@ def main() -> None:
     close_all()
     print(
         f"{date.today()}, {title}, random weights, latent side {size}, {options.steps} steps of Euler, "
-        f"{options.warmup} of warm-up, CFG {CFG:g} where nothing else is said; ranks on {', '.join(devices())}; "
+        f"{options.warmup} of warm-up, CFG {CFG:g} where nothing else is said; {machine()}; "
         f"medians of {options.repeat}"
     )
     for what, values in {

@@ -21,7 +21,8 @@ def ask(model: Any, family: str = "flux", **changes: Any) -> tuple[Any, str]:
     request = Request(family)
     inputs = {"steps": 20, "cfg": 3.0, "devices": devices(2), "wish": "balanced", **changes}
     latent = {"samples": torch.zeros(request.shape)}
-    return LeapfrogAdviser.execute(model, prompt(1), latent, **inputs).args
+    with torch.inference_mode():  # as ComfyUI executes nodes
+        return LeapfrogAdviser.execute(model, prompt(1), latent, **inputs).args
 
 
 @pytest.mark.parametrize("family", ["flux", "unet"])

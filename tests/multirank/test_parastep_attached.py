@@ -171,7 +171,8 @@ def test_a_node_that_draws_random_numbers_in_the_denoiser():
     ours = sample(cfg_guider(model), parastep(2))
     assert distance(ours, plain("unet")) > VISIBLE
     assert distance(ours, theirs) < 0.1, "ComfyUI draws others than we do, and from run to run"
-    assert torch.equal(sample(cfg_guider(model), parastep(2)), ours)
+    again = sample(cfg_guider(model), parastep(2))
+    assert distance(again, ours) < EXACT, "on a GPU it adds up in another order each time"
 
 
 @pytest.mark.parametrize("family", ["flux", "unet"])

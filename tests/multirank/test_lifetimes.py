@@ -1,0 +1,85 @@
+"""A MODEL goes with its last user. One that waited for Python's garbage collector, as what keeps itself alive does,
+would hold its weights until then, and would go while ComfyUI's memory manager counts the models it has."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+
+import tiny_models
+from generation import Request, generate, prompt
+from leapfrog.nodes import LeapfrogAdviser
+from ranks import parastep, split
+from where import devices
+
+
+@pytest.fixture(autouse=True)
+def no_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def advised(model: Any) -> list[Any]:
+    latent = {"samples": torch.zeros(Request().shape)}
+    with torch.inference_mode():
+        LeapfrogAdviser.execute(model, prompt(1), latent, 20, 3.0, devices(2), "balanced")
+    return []
+
+
+def cancelled(model: Any, sampler: Any) -> None:
+    def interrupt(step: int, *_: Any) -> None:
+        if step == 2:
+            comfy.model_management.interrupt_current_processing()
+
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        generate(model, Request(steps=8), sampler, on_step=interrupt)
+
+
+def split_and_run(mode: str, run: Callable[[Any, Any], Any] = lambda model, sampler: None) -> Callable[[Any], list[Any]]:
+    def use(model: Any) -> list[Any]:
+        behind = split(model, mode=mode)
+        generate(behind, Request())
+        run(behind, "euler")
+        return [behind, behind.model, behind.denoiser]
+
+    return use
+
+
+def in_rounds(lanes: int, ranks: int, run: Callable[[Any, Any], Any] = generate) -> Callable[[Any], list[Any]]:
+    def use(model: Any) -> list[Any]:
+        sampler = parastep(lanes, ranks)
+        generate(model, Request(), sampler)
+        if run is not generate:
+            run(model, sampler)
+        return [sampler, sampler._memory, sampler.denoiser]
+
+    return use
+
+
+USERS: dict[str, Callable[[Any], list[Any]]] = {
+    "adviser": advised,
+    "exact": split_and_run("exact"),
+    "asyncdiff": split_and_run("asyncdiff"),
+    "lookahead": split_and_run("lookahead"),
+    "lookahead, cancelled": split_and_run("lookahead", cancelled),
+    "lanes": in_rounds(2, 2),
+    "lanes on one device": in_rounds(2, 1),
+    "lanes, cancelled": in_rounds(2, 2, cancelled),
+}
+
+
+@pytest.mark.parametrize("use", USERS.values(), ids=USERS)
+def test_nothing_of_a_run_keeps_the_model(use: Callable[[Any], list[Any]]):
+    model = comfy.sd.load_diffusion_model(str(tiny_models.tiny_flux()))
+    left = [weakref.ref(one) for one in (model, model.model, *use(model))]
+    del model
+    assert [type(one()).__name__ for one in left if one() is not None] == []
