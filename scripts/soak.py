@@ -124,8 +124,8 @@ class Soak:
     def same_ranks(self) -> bool:
         return len({holding.pids for holding in self.holdings}) == 1
 
-    def good(self, bound: float = BOUND) -> bool:
-        grown = max(self.growth) > bound or self.more_files > 0 or self.more_segments > 0
+    def good(self, bound: float = BOUND, more_files: int = 0) -> bool:
+        grown = max(self.growth) > bound or self.more_files > more_files or self.more_segments > 0
         return not grown and not self.wrong and self.same_ranks
 
     def line(self) -> str:

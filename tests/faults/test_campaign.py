@@ -7,6 +7,7 @@ import pytest
 import faults
 import soak
 from campaign import EXACT, KSAMPLER, PARASTEP
+from where import ON_GPUS
 
 
 @pytest.mark.timeout(300)
@@ -32,5 +33,5 @@ def test_many_prompts_leave_no_more_than_a_few(capsys: pytest.CaptureFixture[str
     found = soak.run(20, every=10, settle_s=0.0)
     assert found.prompts == 20
     assert found.cancelled >= 1
-    # so early the allocators still grow to what the largest picture needs
-    assert found.good(bound=0.1), capsys.readouterr().out
+    # so early the allocators still grow to what the largest picture needs, and a host with a GPU opens files
+    assert found.good(bound=0.1, more_files=2 if ON_GPUS else 0), capsys.readouterr().out

@@ -57,7 +57,8 @@ def failing(on_step: Callable[..., None] | None = None) -> LeapfrogError:
     assert not [pool for pool in supervisor._pools.values() if pool.alive]
     alive = [one for one in psutil.Process().children() if one.status() != psutil.STATUS_ZOMBIE]
     assert not [one for one in alive if one.cmdline()[1:] == [str(BACKEND)]]
-    assert not {thread.name for thread in threading.enumerate()} & {"leapfrog-guest", "leapfrog-courier"}
+    ours = {"leapfrog-guest", "leapfrog-courier"}
+    assert wait_until(lambda: not ours & {thread.name for thread in threading.enumerate()}, 5)
     assert not listening()
     return caught.value
 

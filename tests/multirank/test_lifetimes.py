@@ -19,6 +19,9 @@ from leapfrog.nodes import LeapfrogAdviser
 from ranks import parastep, split
 from where import devices
 
+Use = Callable[[Any], list[Any]]
+"""Uses a MODEL, and returns what is to go with it."""
+
 
 @pytest.fixture(autouse=True)
 def no_collector() -> Iterator[None]:
@@ -44,28 +47,29 @@ def cancelled(model: Any, sampler: Any) -> None:
         generate(model, Request(steps=8), sampler, on_step=interrupt)
 
 
-def split_and_run(mode: str, run: Callable[[Any, Any], Any] = lambda model, sampler: None) -> Callable[[Any], list[Any]]:
+def finished(model: Any, sampler: Any) -> None:
+    generate(model, Request(), sampler)
+
+
+def split_and_run(mode: str, run: Callable[[Any, Any], None] = finished) -> Use:
     def use(model: Any) -> list[Any]:
         behind = split(model, mode=mode)
-        generate(behind, Request())
         run(behind, "euler")
         return [behind, behind.model, behind.denoiser]
 
     return use
 
 
-def in_rounds(lanes: int, ranks: int, run: Callable[[Any, Any], Any] = generate) -> Callable[[Any], list[Any]]:
+def in_rounds(lanes: int, ranks: int, run: Callable[[Any, Any], None] = finished) -> Use:
     def use(model: Any) -> list[Any]:
         sampler = parastep(lanes, ranks)
-        generate(model, Request(), sampler)
-        if run is not generate:
-            run(model, sampler)
+        run(model, sampler)
         return [sampler, sampler._memory, sampler.denoiser]
 
     return use
 
 
-USERS: dict[str, Callable[[Any], list[Any]]] = {
+USERS: dict[str, Use] = {
     "adviser": advised,
     "exact": split_and_run("exact"),
     "asyncdiff": split_and_run("asyncdiff"),
@@ -78,7 +82,7 @@ USERS: dict[str, Callable[[Any], list[Any]]] = {
 
 
 @pytest.mark.parametrize("use", USERS.values(), ids=USERS)
-def test_nothing_of_a_run_keeps_the_model(use: Callable[[Any], list[Any]]):
+def test_nothing_of_a_run_keeps_the_model(use: Use):
     model = comfy.sd.load_diffusion_model(str(tiny_models.tiny_flux()))
     left = [weakref.ref(one) for one in (model, model.model, *use(model))]
     del model
