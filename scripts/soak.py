@@ -178,6 +178,7 @@ def run(
             if picture is not None and turn.recurs:
                 soak.wrong += not np.array_equal(picture, drawn.setdefault(turn.workflow.name, picture))
             if number % every == 0:
+                server.post("/history", {"clear": True})  # where ComfyUI keeps every prompt
                 time.sleep(settle_s)
                 soak.holdings.append(Holdings.of(server, number))
                 say(f"{soak.holdings[-1]}; {soak.wrong} wrong")
