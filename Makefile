@@ -47,6 +47,7 @@ bench-all: setup  ## the measured tables of speed in docs/results.md, and the si
 	@$(BIN)/python scripts/simulate.py --profile sd15 sd21 sdxl --device cpu
 	@$(BIN)/python scripts/simulate.py $(PROFILES)
 	@$(BIN)/python scripts/simulate.py $(PROFILES) --by-link --devices 2 4
+	@$(BIN)/python scripts/simulate.py docs/profiles/*.json --devices 2 4 --links 12 50 300
 
 WITHOUT_CFG := --models flux,unet,wan --cfg 1 --degrees 2,4 --only "lookahead|as published|balanced$$|fast$$"
 quality-all: setup  ## every table of docs/quality: some nine hours of two cores
