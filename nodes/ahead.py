@@ -152,9 +152,8 @@ class AheadSampler(comfy.samplers.KSAMPLER):
         return False
 
     def __init__(self, base: comfy.samplers.KSAMPLER):
-        # without KSAMPLER's own, for which the function is a value: kept by its own object, it would keep that alive
-        self.extra_options = dict(base.extra_options)
-        self.inpaint_options = base.inpaint_options
+        super().__init__(self.sampler_function, dict(base.extra_options), base.inpaint_options)
+        del self.sampler_function  # the method does: a value that is kept by its own object would keep that alive
         self.base = base
         self.last_run: Any = None
 

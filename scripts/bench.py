@@ -66,6 +66,11 @@ def machine(ranks: int = RANKS) -> str:
     return f"{text} ({torch.cuda.get_device_name()}{mps}), torch {torch.__version__}"
 
 
+def milliseconds(seconds: float) -> str:
+    """Three digits, or more in front of the point."""
+    return f"{1e3 * seconds:.0f}" if seconds >= 0.1 else f"{1e3 * seconds:.3g}"
+
+
 def timed(options: argparse.Namespace, model: Any, sampler: Any, steps: int, cfg: float) -> tuple[Any, float]:
     """``(latent, seconds)`` of one run."""
     began = time.perf_counter()
@@ -380,7 +385,7 @@ def run(options: argparse.Namespace) -> None:
                     trace.unlink()
     for name in (ALONE, ALONE_UNGUIDED):
         if name in rows:
-            print(f"{name}: {1e3 * statistics.median(rows[name].seconds) / steps:.3g} ms per step")
+            print(f"{name}: {milliseconds(statistics.median(rows[name].seconds) / steps)} ms per step")
     heads = f"{'seconds':>9}{'speed':>8}{'(each time)':>16}{'bound':>8}{'of the reachable':>19}{'rel. difference':>17}"
     print(f"{'':30}{heads}")
     table = []
@@ -399,7 +404,7 @@ def run(options: argparse.Namespace) -> None:
             f"{statistics.median(between):.2f} ms pass until ranks evaluate again (medians)"
         )
     for traced in Watched._traces.values():
-        print("unit times, ms: " + " ".join(f"{1e3 * unit.seconds:.3g}" for unit in traced[0].units))
+        print("unit times, ms: " + " ".join(milliseconds(unit.seconds) for unit in traced[0].units))
     result = {"steps": options.steps, "size": options.size, "factor": factor, "rows": table}
     (ROOT / "build" / "bench").mkdir(parents=True, exist_ok=True)
     (ROOT / "build" / "bench" / "result.json").write_text(json.dumps(result, indent=1))

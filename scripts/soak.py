@@ -70,6 +70,8 @@ class Holdings:
     def of(cls, server: ComfyServer, prompts: int) -> Holdings:
         processes = [psutil.Process(server.pid), *ranks(server)]
         on_gpus = gpu_memory() if ON_GPUS else {}
+        if ON_GPUS and (missing := {one.pid for one in processes} - on_gpus.keys()):
+            raise RuntimeError(f"nvidia-smi does not list the processes {missing}; in a container it may not see them")
         return cls(
             prompts,
             tuple(one.memory_full_info().uss for one in processes),
@@ -91,8 +93,9 @@ def gpu_memory() -> dict[int, int]:
     command = ["nvidia-smi", "--query-compute-apps=pid,used_gpu_memory", "--format=csv,noheader,nounits"]
     held: dict[int, int] = {}
     for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines():
-        pid, mebibytes = map(int, line.split(","))
-        held[pid] = held.get(pid, 0) + (mebibytes << 20)
+        pid, mebibytes = (part.strip() for part in line.split(","))
+        if mebibytes.isdigit():  # not where the driver does not say
+            held[int(pid)] = held.get(int(pid), 0) + (int(mebibytes) << 20)
     return held
 
 
