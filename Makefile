@@ -49,12 +49,17 @@ bench-all: setup  ## the measured tables of speed in docs/results.md, and the si
 	@$(BIN)/python scripts/simulate.py $(PROFILES) --by-link --devices 2 4
 	@$(BIN)/python scripts/simulate.py docs/profiles/*.json --devices 2 4 --links 12 50 300
 
-WITHOUT_CFG := --models flux,unet,wan --cfg 1 --degrees 2,4 --only "lookahead|as published|balanced$$|fast$$"
-quality-all: setup  ## every table of docs/quality: some nine hours of two cores
+WITHOUT_CFG := --models flux,unet,wan --cfg 1
+BY_DPM := --sampler dpmpp_2m --samples 8 --steps 20,50
+quality-all: setup  ## every table of docs/quality: some ten hours of two cores
 	@$(BIN)/python scripts/quality.py
 	@$(BIN)/python scripts/quality.py --models flux,unet,wan --sampler dpmpp_2m --samples 8 --steps 20,30,50
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG)
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) --sampler dpmpp_2m --samples 8 --steps 20,50
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) --degrees 2,4 --only "lookahead|as published|balanced$$|fast$$"
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) --degrees 8 --only "ParaStep as published|balanced$$|fast$$"
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) --only "faithful$$"
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(BY_DPM) --degrees 2,4 --only "lookahead|as published|balanced$$|fast$$"
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(BY_DPM) --degrees 8 --only "ParaStep as published|balanced$$|fast$$"
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(BY_DPM) --only "faithful$$"
 
 quality: setup  ## how close both nodes come to ComfyUI alone, on the trained models, in short: build/quality
 	@$(BIN)/python scripts/quality.py --samples 4 --out build/quality

@@ -52,10 +52,15 @@ UNGUIDED: Table = {
     ("lookahead", 4): {8: Measured(41.8, 1.29), 20: Measured(50.9, 2.15), 50: Measured(52.9, 3.39)},
     ("asyncdiff", 2): {8: Measured(31.2, 1.45), 20: Measured(33.7, 1.74), 50: Measured(38.7, 1.89)},
     ("asyncdiff", 4): {8: Measured(26.0, 1.88), 20: Measured(27.0, 2.76), 50: Measured(31.5, 3.39)},
+    ("faithful", 2): {8: Measured(58.5, 1.05), 20: Measured(62.9, 1.54), 50: Measured(76.9, 1.85)},
+    ("faithful", 4): {8: Measured(57.4, 1.05), 20: Measured(56.4, 1.82), 50: Measured(57.0, 2.94)},
+    ("faithful", 8): {8: Measured(57.4, 1.05), 20: Measured(55.6, 1.82), 50: Measured(58.1, 3.39)},
     ("balanced", 2): {8: Measured(58.5, 1.24), 20: Measured(56.9, 1.67), 50: Measured(76.9, 1.85)},
     ("balanced", 4): {8: Measured(57.4, 1.23), 20: Measured(52.5, 2.00), 50: Measured(57.0, 3.12)},
+    ("balanced", 8): {8: Measured(57.4, 1.23), 20: Measured(51.4, 2.00), 50: Measured(54.5, 3.74)},
     ("fast", 2): {8: Measured(58.5, 1.33), 20: Measured(56.9, 1.67), 50: Measured(76.9, 1.85)},
     ("fast", 4): {8: Measured(46.5, 1.33), 20: Measured(45.4, 2.22), 50: Measured(57.0, 3.12)},
+    ("fast", 8): {8: Measured(46.5, 1.33), 20: Measured(45.4, 2.22), 50: Measured(48.2, 4.08)},
 }
 SOUND: Table = {
     ("lookahead", 2): {8: Measured(53.0, 1.15), 20: Measured(49.4, 1.38), 50: Measured(61.0, 1.87)},

@@ -140,11 +140,16 @@ def test_the_readme_says_what_was_measured_with_two_devices(named: str, way: str
 @pytest.mark.parametrize(
     ("named", "way", "degree"),
     [
+        ("ParaStep *faithful*, 2 lanes", "ParaStep, faithful", 2),
+        ("ParaStep *faithful*, 4 lanes", "ParaStep, faithful", 4),
         ("ParaStep *balanced*, 2 lanes", "ParaStep, balanced", 2),
         ("ParaStep *balanced*, 4 lanes", "ParaStep, balanced", 4),
+        ("ParaStep *balanced*, 8 lanes", "ParaStep, balanced", 8),
         ("ParaStep *fast*, 4 lanes", "ParaStep, fast", 4),
+        ("ParaStep *fast*, 8 lanes", "ParaStep, fast", 8),
         ("ParaStep as published, 2 lanes", "ParaStep as published", 2),
         ("ParaStep as published, 4 lanes", "ParaStep as published", 4),
+        ("ParaStep as published, 8 lanes", "ParaStep as published", 8),
         ("lookahead, 2 components", "lookahead", 2),
         ("lookahead, 4 components", "lookahead", 4),
         ("AsyncDiff as published, 2 components", "AsyncDiff as published", 2),
