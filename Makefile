@@ -51,15 +51,16 @@ bench-all: setup  ## the measured tables of speed in docs/results.md, and the si
 
 WITHOUT_CFG := --models flux,unet,wan --cfg 1
 BY_DPM := --sampler dpmpp_2m --samples 8 --steps 20,50
+define without_cfg
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(1) --degrees 2,4 --only "lookahead|as published|balanced$$|fast$$"
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(1) --degrees 8 --only "ParaStep as published|balanced$$|fast$$"
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(1) --only "faithful$$"
+endef
 quality-all: setup  ## every table of docs/quality: some ten hours of two cores
 	@$(BIN)/python scripts/quality.py
 	@$(BIN)/python scripts/quality.py --models flux,unet,wan --sampler dpmpp_2m --samples 8 --steps 20,30,50
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) --degrees 2,4 --only "lookahead|as published|balanced$$|fast$$"
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) --degrees 8 --only "ParaStep as published|balanced$$|fast$$"
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) --only "faithful$$"
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(BY_DPM) --degrees 2,4 --only "lookahead|as published|balanced$$|fast$$"
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(BY_DPM) --degrees 8 --only "ParaStep as published|balanced$$|fast$$"
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(BY_DPM) --only "faithful$$"
+	$(call without_cfg,)
+	$(call without_cfg,$(BY_DPM))
 
 quality: setup  ## how close both nodes come to ComfyUI alone, on the trained models, in short: build/quality
 	@$(BIN)/python scripts/quality.py --samples 4 --out build/quality

@@ -53,7 +53,7 @@ class Coroutine:
         self._turn.release()
         self._back.acquire()
         if not self._dropped and self._error is not None and not isinstance(self._error, Exception):
-            self._raise(self._error)
+            self._raise()
 
     def pause(self, pending: Any) -> None:
         """Called by ``work``: give the turn back until ``pending`` is ready."""
@@ -67,15 +67,15 @@ class Coroutine:
     def result(self) -> Any:
         """What ``work`` returned; raises what it raised, once. It has to have ended."""
         if self._error is not None:
-            self._raise(self._error)
+            self._raise()
         return self._result
 
-    def _raise(self, error: BaseException) -> NoReturn:
+    def _raise(self) -> NoReturn:
+        assert self._error is not None
         try:
-            raise error
+            raise self._error
         finally:
             self._error = None  # whose traceback has this coroutine: neither would go before Python's collector comes
-            del error
 
     def drop(self) -> None:
         """End it; whatever it still does is thrown away."""

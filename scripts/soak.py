@@ -81,6 +81,11 @@ class Holdings:
             tuple(one.pid for one in processes[1:]),
         )
 
+    @property
+    def everything(self) -> tuple[int, ...]:
+        """Each process's memory, host first, and then each one's on GPUs."""
+        return self.memory + self.gpu_memory
+
     def __str__(self) -> str:
         memory = ", ".join(f"{size / MB:.1f}" for size in self.memory)
         if self.gpu_memory:
@@ -110,10 +115,9 @@ class Soak:
 
     @property
     def growth(self) -> list[float]:
-        """Of each process's memory, host first, and then of each one's on GPUs."""
+        """Of everything that processes hold."""
         first, last = self.holdings[0], self.holdings[-1]
-        begin, end = first.memory + first.gpu_memory, last.memory + last.gpu_memory
-        return [after / before - 1 for before, after in zip(begin, end, strict=True)]
+        return [end / begin - 1 for begin, end in zip(first.everything, last.everything, strict=True)]
 
     @property
     def more_files(self) -> int:
@@ -136,10 +140,9 @@ class Soak:
         first, last = self.holdings[0], self.holdings[-1]
         names = ["host", *(f"rank {rank}" for rank in range(len(first.pids)))]
         names += [f"{name} on its GPU" for name in names if first.gpu_memory]
-        begins, ends = first.memory + first.gpu_memory, last.memory + last.gpu_memory
         memory = ", ".join(
-            f"{name} {begin / MB:.0f} to {end / MB:.0f} MB ({end / begin - 1:+.1%})"
-            for name, begin, end in zip(names, begins, ends, strict=True)
+            f"{name} {begin / MB:.0f} to {end / MB:.0f} MB ({growth:+.1%})"
+            for name, begin, end, growth in zip(names, first.everything, last.everything, self.growth, strict=True)
         )
         return (
             f"soak: {self.prompts} prompts, {self.cancelled} of them cancelled, {self.wrong} wrong pictures, "

@@ -28,6 +28,7 @@ from generation import Request, distance, generate, prompt
 from leapfrog.parallel_backend import LeapfrogError, denoiser, supervisor
 from leapfrog.parallel_backend.pool import Pool
 from ranks import EXACT, load, parastep, reference, split, the_pool, with_lora
+from where import ON_GPUS
 
 NOTICED_S = 10.0
 """How soon a prompt has to fail after its rank is gone."""
@@ -324,7 +325,9 @@ def test_cancelled_while_the_weights_load(exact: Run, interrupt: Callable[[], No
     try:
         with pytest.raises(comfy.model_management.InterruptProcessingException):
             generate(other, Request())
-        assert {(call.step, call.complete) for call in pool._calls.values()} == {(0, False)}
+        calls = [(call.step, call.complete) for call in pool._calls.values()]
+        assert set(calls) == {(0, False)}
+        assert len(calls) == 1 or ON_GPUS
     finally:
         for pid in pool.pids:
             os.kill(pid, signal.SIGCONT)

@@ -48,6 +48,7 @@ from leapfrog.nodes import ahead, rounds_sampler
 from leapfrog.parallel_backend import LanesPlan, LeapfrogError
 from leapfrog.parallel_backend.pool import State
 from ranks import EXACT, devices, load, parastep, reference, split, the_pool, with_lora
+from where import ON_GPUS
 
 stock: Any = import_module("nodes")  # ComfyUI's, which a type checker takes for ours
 context_windows: Any = ContextWindowsManualNode.execute
@@ -172,7 +173,7 @@ def test_a_node_that_draws_random_numbers_in_the_denoiser():
     assert distance(ours, plain("unet")) > VISIBLE
     assert distance(ours, theirs) < 0.1, "ComfyUI draws others than we do, and from run to run"
     again = sample(cfg_guider(model), parastep(2))
-    assert distance(again, ours) < EXACT, "on a GPU it adds up in another order each time"
+    assert distance(again, ours) <= (EXACT if ON_GPUS else 0), "a GPU adds up in another order each time"
 
 
 @pytest.mark.parametrize("family", ["flux", "unet"])
