@@ -8,7 +8,7 @@ on each rank and are never stale.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,8 +40,10 @@ class Layout:
     def __init__(self, flow: Flow, bounds: Sequence[tuple[int, int]], position: int):
         self.outputs = flow.outputs
         self.receives: dict[int, list[int]] = {}
+        self.sender: dict[int, int] = {}
         for unit in needed_by(flow, bounds, position):
-            self.receives.setdefault(owner_of(bounds, unit), []).append(unit)
+            self.sender[unit] = owner_of(bounds, unit)
+            self.receives.setdefault(self.sender[unit], []).append(unit)
         first, last = bounds[position]
         self.sends: dict[int, list[int]] = {}
         for other in range(position + 1, len(bounds)):
@@ -75,16 +77,21 @@ class Component:
         self._streams: dict[int, StreamState] = {}
         self._run = 0
         self._layout: Layout | None = None
+        self._arrival: Callable[[int], list[torch.Tensor]] | None = None
         self._answers: dict[int, Any] = {}
         self._made: dict[int, Any] = {}
 
     def answer(self, unit: int) -> Any:
-        """What the stand-in of an absent unit returns."""
+        """What the stand-in of an absent unit returns. Waits for it where it is on its way."""
         if unit not in self._answers:
-            assert self._layout
-            output = _output(self._layout, unit)
-            device = self._links.device
-            self._answers[unit] = _tree(output, [Unknown(_meta(*tensor), device) for tensor in output.tensors])
+            assert self._layout and self._arrival
+            sender = self._layout.sender.get(unit)
+            if sender is None:
+                output = _output(self._layout, unit)
+                device = self._links.device
+                self._answers[unit] = _tree(output, [Unknown(_meta(*tensor), device) for tensor in output.tensors])
+            else:
+                self._answers |= _answers(self._layout, sender, self._arrival(sender))
         return self._answers[unit]
 
     def produced(self, unit: int, output: Any) -> None:
@@ -130,26 +137,26 @@ class Component:
             self._run = run
         self._layout = now = self._layouts[layout]
         state = self._streams.setdefault(stream, StreamState()) if stream >= 0 else StreamState()
-        for position, incoming in state.coming.items():
-            self._arrived(state, position, self._links.wait(incoming))
-        state.coming.clear()
+        due = dict(state.coming)
         coming = {
             position: self._links.receive(self._peers[position], [t for u in units for t in _expected(now, u)])
             for position, units in now.receives.items()
         }
-        drift = 0.0
-        if exact:
-            for position, incoming in coming.items():
-                self._arrived(state, position, self._links.wait(incoming))
-            if measure:
-                drift = max((_drift(state.latest[p], state.before.get(p)) for p in coming), default=0.0)
-            used = state.latest
-            if stream >= 0:  # the forward may change in place (ControlNet) what the next step needs as it came
-                used = {p: [t.clone() for t in state.latest[p]] for p in coming}
-        else:
-            state.coming = coming
-            used = _continued(state) if extrapolate else state.latest
-        self._answers = _answers(now, used)
+        state.coming = {} if exact else coming
+
+        def arrival(position: int) -> list[torch.Tensor]:
+            """What the forward is to go on with of what that rank has sent."""
+            for awaited in (due, coming) if exact else (due,):
+                if position in awaited:
+                    self._arrived(state, position, self._links.wait(awaited.pop(position)))
+            if (
+                exact and stream >= 0
+            ):  # the forward may change in place (ControlNet) what the next step needs as it came
+                return [t.clone() for t in state.latest[position]]
+            return _continued(state, position) if extrapolate and not exact else state.latest[position]
+
+        # Only where the forward gets to an absent unit does it wait: what comes before needs no other rank.
+        self._arrival, self._answers, self._made = arrival, {}, {}
         result = None
         if now.last is not None or self._final:
             try:
@@ -162,7 +169,12 @@ class Component:
             raise LeapfrogError.of("layout_changed", f"Unit {unit} of the denoiser ran when it was looked at.")
         for other, wanted in now.sends.items():
             self._links.send(self._peers[other], [t for u in wanted for t in _as_in_memory(now, u, self._made[u])])
-        self._answers, self._made = {}, {}
+        self._arrival, self._answers, self._made = None, {}, {}
+        for position in {*due, *(coming if exact else ())}:
+            arrival(position)
+        drift = 0.0
+        if measure:
+            drift = max((_drift(state.latest[p], state.before.get(p)) for p in now.receives), default=0.0)
         if not extrapolate and not measure:
             state.before.clear()
         return result, drift
@@ -209,13 +221,13 @@ def _tree(output: Output, tensors: list[torch.Tensor]) -> Any:
     return unflatten(output.spec, tensors)
 
 
-def _answers(layout: Layout, arrived: Mapping[int, list[torch.Tensor]]) -> dict[int, Any]:
+def _answers(layout: Layout, position: int, arrived: list[torch.Tensor]) -> dict[int, Any]:
+    """What the units of that position gave."""
     answers: dict[int, Any] = {}
-    for position, units in layout.receives.items():
-        tensors = iter(arrived[position])
-        for unit in units:
-            output = _output(layout, unit)
-            answers[unit] = _tree(output, [next(tensors).permute(_inverse(order)) for order in output.orders])
+    tensors = iter(arrived)
+    for unit in layout.receives[position]:
+        output = _output(layout, unit)
+        answers[unit] = _tree(output, [next(tensors).permute(_inverse(order)) for order in output.orders])
     return answers
 
 
@@ -223,15 +235,13 @@ def _inverse(order: tuple[int, ...]) -> list[int]:
     return sorted(range(len(order)), key=order.__getitem__)
 
 
-def _continued(state: StreamState) -> dict[int, list[torch.Tensor]]:
+def _continued(state: StreamState, position: int) -> list[torch.Tensor]:
     """Stale states one step on: linear in the number of the evaluation, where two are known."""
-    return {
-        position: [
-            2 * new - old if new.is_floating_point() else new
-            for new, old in zip(latest, state.before.get(position, latest), strict=True)
-        ]
-        for position, latest in state.latest.items()
-    }
+    latest = state.latest[position]
+    return [
+        2 * new - old if new.is_floating_point() else new
+        for new, old in zip(latest, state.before.get(position, latest), strict=True)
+    ]
 
 
 def _drift(new: list[torch.Tensor], old: list[torch.Tensor] | None) -> float:

@@ -62,6 +62,32 @@ def test_what_the_forward_does_to_an_exact_state_is_not_in_the_next_step():
         assert made.saw == [10, 10, 20]
 
 
+def test_the_forward_waits_where_it_gets_to_what_another_rank_holds():
+    made = Made()
+    waited = []
+    forward = made.forward
+
+    def after_the_stem() -> torch.Tensor:
+        waited.append(made.links.waited_for)
+        return forward()
+
+    made.component._forward = after_the_stem
+    made.evaluate(exact=True)
+    made.evaluate(exact=True)
+    assert waited == [0, 1]
+    assert made.links.asked == made.links.waited_for == 2
+
+
+def test_what_the_forward_did_not_ask_for_is_awaited_all_the_same():
+    made = Made()
+    made.component._forward = lambda: made.component.produced(1, torch.zeros(2))
+    made.evaluate(exact=True)
+    assert made.links.asked == made.links.waited_for == 1
+    made.evaluate(exact=False)
+    made.evaluate(exact=False)
+    assert made.links.asked == made.links.waited_for + 1 == 3
+
+
 def test_what_is_on_its_way_is_awaited_before_a_component_is_let_go_of():
     made = Made()
     made.evaluate(exact=True)
