@@ -101,11 +101,13 @@ class SplitDenoiser(RemoteDenoiser):
         """The schedule of lookahead in this run; None with a single component.
 
         As many evaluations are under way as there are components, whatever was rejected before: a wave that is thrown
-        away cost no time, because the components would have had nothing else to do.
+        away cost no time, because the components would have had nothing else to do. So the first predicted one starts
+        behind the last of the warm-up, as soon as the first component has done with that.
         """
         if self.components < 2:
             return None
-        return Guard(self.components, self.plan.warmup, self.plan.bound, eager=True), Predictor("linear", spacing=2)
+        alone = max(0, self.plan.warmup - 1)
+        return Guard(self.components, alone, self.plan.bound, eager=True), Predictor("linear", spacing=2)
 
     def _forget_streams(self) -> None:
         for rest in self._rests.values():

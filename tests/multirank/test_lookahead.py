@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from functools import cache
 from typing import Any
@@ -49,6 +50,14 @@ def test_lookahead_is_close_and_asyncdiff_is_not():
     assert lookahead > 50
     assert published < lookahead - 10
     assert published > 20
+
+
+@pytest.mark.parametrize(("warmup", "exact"), [(1, 3), (2, 3), (3, 4), (5, 6)])
+def test_as_many_evaluations_are_exact_as_the_warm_up_has(warmup: int, exact: int, caplog: pytest.LogCaptureFixture):
+    """And the last one. The second is never predicted: it starts where the first has brought the sampler."""
+    caplog.set_level(logging.INFO, "leapfrog")
+    generate(split(load("flux"), mode="lookahead", warmup=warmup, drift_bound=math.inf), Request(steps=8))
+    assert f"8 denoiser calls ({exact} exact, {8 - exact} ahead)" in kinds(caplog)
 
 
 def test_extrapolated_states_are_closer_than_stale_ones():
