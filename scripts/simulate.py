@@ -24,7 +24,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench import keep_memory
+from bench_machine import keep_memory
 from pack import BUILD, add_comfyui, has_gpu, load_pack
 from profile_units import CPU, CUDA, SUBJECTS, carried, in_forwards, layer_by_layer
 

@@ -14,7 +14,7 @@ import torch
 from comfy.ldm.flux.model import Flux
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-import bench
+import bench_machine
 import full_size
 import profile_units
 import simulate
@@ -121,7 +121,7 @@ def test_the_tables_of_a_gpu_stand_beside_those_that_are_scaled(
     monkeypatch.setattr(simulate, "FOLDER", tmp_path)
     monkeypatch.setattr(simulate, "in_forwards", measure)
     monkeypatch.setattr(simulate, "has_gpu", lambda: True)
-    for key, value in bench.KEEP_MEMORY.items():
+    for key, value in bench_machine.KEEP_MEMORY.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(sys, "argv", ["simulate.py", "--profile", "flux", "sd15"])
     simulate.main()
