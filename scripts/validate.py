@@ -12,6 +12,7 @@ the measured times and not in the predicted ones.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import statistics
 import sys
@@ -21,11 +22,12 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from bench import CFG, RANKS, TITLES, devices, keep_memory, machine
+from bench import CFG, TITLES
+from bench_machine import RANKS, devices, keep_memory, machine
 from full_size import conditioning, load, sample
 from pack import ROOT, add_comfyui, load_pack
 
-BOUND = 1.0
+BOUND = math.inf
 """Drift bound of lookahead with random weights: nothing is to be rejected."""
 
 
@@ -44,30 +46,47 @@ class Row:
         return statistics.median(self.predicted) / statistics.median(self.measured) - 1
 
 
-def plan_rows(model: Any, run: Callable[[Any, Any, float, int], Any], warmup: int) -> dict[str, Row]:
-    """``run(model, sampler, cfg, steps)`` takes a run of ComfyUI's own sampling code."""
+def row_of(model: Any, plan: Any, run: Callable[[Any, Any, int], Any], conditionings: int) -> Row:
+    """A SplitPlan or a LanesPlan through its node; ``run(model, sampler, steps)`` takes a run of ComfyUI's own sampling
+    code, whose evaluations have so many conditionings."""
     import comfy.samplers
 
     from leapfrog.nodes import AsyncUNetSplit
     from leapfrog.nodes.rounds_sampler import in_rounds
-    from leapfrog.parallel_backend import LanesPlan, SplitPlan
+    from leapfrog.parallel_backend import LanesPlan
     from leapfrog.parallel_backend.adviser import lanes_seconds, split_seconds
 
-    euler, named = comfy.samplers.sampler_object("euler"), ",".join(devices())
+    euler = comfy.samplers.sampler_object("euler")
+    if isinstance(plan, LanesPlan):
+        sampler = in_rounds(plan, euler)
+        return Row(lambda n: run(model, sampler, n), lambda facts, n: lanes_seconds(facts, plan, n, conditionings))
+    split = AsyncUNetSplit.execute(
+        model, ",".join(plan.devices), plan.degree, plan.warmup, plan.stride, plan.mode, cfg_lanes=plan.cfg_lanes,
+        drift_bound=plan.bound,
+    ).args[0]  # fmt: skip
+    return Row(lambda n: run(split, euler, n), lambda facts, n: split_seconds(facts, plan, n, conditionings)[0])
+
+
+def plan_rows(model: Any, run: Callable[[Any, Any, float, int], Any], warmup: int) -> dict[str, Row]:
+    """``run(model, sampler, cfg, steps)`` takes a run of ComfyUI's own sampling code."""
+    import comfy.samplers
+
+    from leapfrog.parallel_backend import LanesPlan, SplitPlan
+
+    euler = comfy.samplers.sampler_object("euler")
 
     def alone(cfg: float) -> Row:
         conditionings = 1 if cfg == 1 else 2
         return Row(lambda n: run(model, euler, cfg, n), lambda facts, n: n * facts.whole(conditionings))
 
+    def with_ranks(plan: Any, cfg: float) -> Row:
+        return row_of(model, plan, lambda model, sampler, n: run(model, sampler, cfg, n), 1 if cfg == 1 else 2)
+
     def split(mode: str) -> Row:
-        plan = SplitPlan(devices(), RANKS, warmup, mode, cfg_lanes="off", bound=BOUND)
-        whole = AsyncUNetSplit.execute(model, named, RANKS, warmup, 1, mode, cfg_lanes="off", drift_bound=BOUND).args[0]
-        return Row(lambda n: run(whole, euler, CFG, n), lambda facts, n: split_seconds(facts, plan, n, 2)[0])
+        return with_ranks(SplitPlan(devices(), RANKS, warmup, mode, cfg_lanes="off", bound=BOUND), CFG)
 
     def parastep(lanes: int, cfg: float) -> Row:
-        plan = LanesPlan(devices(), lanes, warmup)
-        sampler, conditionings = in_rounds(plan, euler), 1 if cfg == 1 else 2
-        return Row(lambda n: run(model, sampler, cfg, n), lambda facts, n: lanes_seconds(facts, plan, n, conditionings))
+        return with_ranks(LanesPlan(devices(), lanes, warmup), cfg)
 
     return {
         "ComfyUI alone": alone(CFG),

@@ -167,9 +167,7 @@ def test_a_machine_is_lost_and_comes_back(machine: OtherMachine):
     assert machine.ranks()[0].parent() == joiner
 
 
-def test_a_picture_is_finished_without_the_machine_that_is_lost(
-    machine: OtherMachine, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_picture_is_finished_without_the_machine_that_is_lost(machine: OtherMachine, monkeypatch: pytest.MonkeyPatch):
     assert right()
     monkeypatch.setenv("LEAPFROG_CARRY_ON", "1")
 
