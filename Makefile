@@ -52,9 +52,7 @@ bench-all: setup  ## the measured tables of speed in docs/results.md, and the si
 WITHOUT_CFG := --models flux,unet,wan --cfg 1
 BY_DPM := --sampler dpmpp_2m --samples 8 --steps 20,50
 define without_cfg
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(1) --degrees 2,4 --only "lookahead|as published|balanced$$|fast$$"
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(1) --degrees 8 --only "ParaStep as published|balanced$$|fast$$"
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(1) --only "faithful$$"
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(1) --only "lookahead|as published|balanced$$|faithful$$|fast$$"
 endef
 quality-all: setup  ## every table of docs/quality: some ten hours of two cores
 	@$(BIN)/python scripts/quality.py

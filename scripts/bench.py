@@ -282,17 +282,20 @@ def run(options: argparse.Namespace) -> None:
     for name in (ALONE, ALONE_UNGUIDED):
         if name in rows:
             print(f"{name}: {milliseconds(statistics.median(rows[name].seconds) / steps)} ms per step")
-    heads = f"{'seconds':>9}{'speed':>8}{'(each time)':>16}{'bound':>8}{'of the reachable':>19}{'rel. difference':>17}"
-    print(f"{'':30}{heads}")
+    print("| row | seconds | speed | each time | bound | of the reachable | relative difference |")
+    print("|---" * 7 + "|")
     table = []
     for name, one in rows.items():
         beside, took = rows[one.beside], statistics.median(one.seconds)
         speed = statistics.median(beside.seconds) / took
         each = [theirs / ours for theirs, ours in zip(beside.seconds, one.seconds, strict=True)]
-        reached = f"{speed / (one.bound / ranks * factor):.0%}" if one.bound > 1.001 else "-"
         apart = float((one.latent - beside.latent).norm() / beside.latent.norm())
-        among = f"{min(each):.2f} to {max(each):.2f}"
-        print(f"{name:30}{took:9.2f}{speed:7.2f}x{among:>16}{one.bound:7.2f}x{reached:>18}{apart:17.1e}")
+        bound = f"{one.bound:.2f}x" if one.bound > 1.001 else ""
+        reached = f"{speed / (one.bound / ranks * factor):.0%}" if bound else ""
+        own = one is beside
+        among = "" if own or len(each) == 1 else f"{min(each):.2f} to {max(each):.2f}"
+        shown = "" if own else f"{apart:.1e}" if apart else "0"
+        print(f"| {name} | {took:.2f} | {speed:.2f}x | {among} | {bound} | {reached} | {shown} |")
         table.append({"name": name, "seconds": one.seconds, "speed": speed, "bound": one.bound, "difference": apart})
     if between:
         print(
