@@ -4,10 +4,11 @@
     python scripts/emulate.py --models flux --devices 2 --steps 12
 
 Models are narrow ones with all the layers of the published ones. Each layer takes as long as it took on the GPU of a
-profile, times a factor (`emulated_device.py`), in ComfyUI alone as in ranks; all else is real: ComfyUI's sampling, a
-process for each device, the cut that they measure, their messages. So this shows what schedules, processes and messages
-cost with more devices than this machine has cores, and how far the simulator is off there. It does not show links: what
-travels is as narrow as the model. Beside each time stands what the simulator predicts from what ranks measure.
+profile, times a factor (`emulated_device.py`), both in ComfyUI alone and in ranks. All else is real: ComfyUI's
+sampling, a process for each device, the cut that they measure, their messages. So this shows whether schedules do what
+they are to do with more devices than this machine has cores, and how far the simulator is off there. It does not show
+links, because what travels is as narrow as the model, nor what a step costs beside its evaluation, which weighs less by
+that factor. Nothing is rejected. Beside each time stands what the simulator predicts from what ranks measure.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from bench import CFG
+from bench import ALONE, CFG
 from bench_machine import CPU
-from emulated_device import VARIABLE, emulate_all
+from emulated_device import VARIABLE, Pace, emulate_all, paces
 from full_size import SD15
 from pack import ROOT, add_comfyui, load_pack
 from profile_units import FLUX
@@ -38,6 +39,8 @@ GUIDED = ("sd15",)
 TITLES = {"sd15": "SD 1.5, CFG 7", "flux": "Flux, CFG 1"}
 SLOWER = {"sd15": 20.0, "flux": 4.0}
 """How many times as long as on the profile's GPU layers take: enough that computing a narrow one counts for little."""
+
+HEAD = "| model | devices | plan | predicted, ms per step | measured, ms per step | difference | speed | at best |"
 
 
 def narrow_families() -> dict[str, Any]:
@@ -66,25 +69,29 @@ def plans(devices: tuple[str, ...], guided: bool, warmup: int) -> Iterator[tuple
             f"asyncdiff, N={count - 1}, S=2",
             SplitPlan(devices, count - 1, warmup, "asyncdiff", 2, cfg_lanes="off", bound=BOUND),
         )
-    if guided:
-        if count == 2:
-            yield "CFG lanes", LanesPlan(devices, 1)
-        else:
-            named = f"lookahead, CFG lanes x N={count // 2}"
-            yield named, SplitPlan(devices, count // 2, warmup, cfg_lanes="on", bound=BOUND)
-            yield f"ParaStep, {count // 2} lanes", LanesPlan(devices, count // 2, warmup)
+    if guided and count == 2:
+        yield "CFG lanes", LanesPlan(devices, 1)
+    elif guided and count % 2 == 0:
+        named = f"lookahead, CFG lanes x N={count // 2}"
+        yield named, SplitPlan(devices, count // 2, warmup, cfg_lanes="on", bound=BOUND)
+        yield f"ParaStep, {count // 2} lanes", LanesPlan(devices, count // 2, warmup)
     yield f"ParaStep, {count} lanes", LanesPlan(devices, count, warmup)
 
 
-def at_best(plan: Any, steps: int, conditionings: int) -> float:
-    """Speed if evaluations could be divided evenly and nothing else took time."""
+def at_best(plan: Any, steps: int, conditionings: int, pace: Pace) -> float:
+    """Speed if evaluations could be divided evenly and nothing else took time. ``pace`` is that of a whole evaluation
+    by the number of conditionings."""
     from leapfrog.parallel_backend import LanesPlan
+    from leapfrog.parallel_backend.schedules.simulate import rounds_seconds
 
+    whole = pace.of(conditionings)
     if isinstance(plan, LanesPlan):
-        return plan.ideal_speedup(steps, conditionings)
+        rounds = plan.rounds(steps, conditionings)
+        return steps * whole / rounds_seconds(rounds, conditionings, len(plan.devices), pace.of)
     pipelines = plan.pipelines(conditionings > 1, whole_fits=True)
     components = plan.components(pipelines[0])
-    return len(pipelines) * plan.ideal_speedup(steps, components, 1 / components)
+    share = pace.of(conditionings // len(pipelines)) / whole
+    return plan.ideal_speedup(steps, components, 1 / components) / share
 
 
 def timed(row: Row, steps: int, repeat: int) -> None:
@@ -117,10 +124,16 @@ def lines(name: str, options: argparse.Namespace) -> Iterator[str]:
         image = {"samples": tiny.latent(family, 1, None)}
         return measured(model, tiny.prompt(family, 1), image, ",".join(devices)).facts
 
-    euler, step_s = comfy.samplers.sampler_object("euler"), slower * profile["whole_seconds"]
-    print(f"{TITLES[name]}: a step takes {1e3 * step_s:.0f} ms, {slower:g} times as long as on {profile['device']}")
+    layers = [pace for _, pace in paces(model.model.diffusion_model, profile, slower)]
+    whole = Pace(sum(pace.seconds for pace in layers), profile["rows"], layers[0].one_row)
+    step_s = whole.of(conditionings)
+    print(
+        f"{TITLES[name]}: a step takes {1e3 * step_s:.0f} ms, {slower:g} times as long as on {profile['device']}"
+        + (f", one prompt of it {whole.of(1) / step_s:.2f} of that" if conditionings > 1 else "")
+    )
+    euler = comfy.samplers.sampler_object("euler")
     alone = Row(lambda n: run(model, euler, n), lambda _facts, n: n * step_s)
-    rows = [(1, "ComfyUI alone", 1.0, alone)]
+    rows = [(1, ALONE, 1.0, alone)]
     timed(alone, steps, options.repeat)
     alone.predicted.append(alone.predict(None, steps))
     for count in options.devices:
@@ -132,7 +145,7 @@ def lines(name: str, options: argparse.Namespace) -> Iterator[str]:
                 print(f"  {name}, {count} devices: {title} ...", file=sys.stderr, flush=True)
                 one = row_of(model, plan, run, conditionings)
                 timed(one, steps, options.repeat)
-                here.append((count, title, at_best(plan, steps, conditionings), one))
+                here.append((count, title, at_best(plan, steps, conditionings, whole), one))
         known.append(survey(devices))
         for *_, one in here:
             one.predicted += [one.predict(facts, steps) for facts in known]
@@ -172,15 +185,16 @@ def main() -> None:
     torch.set_num_threads(1)
     emulate_all(comfy.model_base)
     folder_paths.add_model_folder_path("diffusion_models", str(FOLDER))
-    table = [line for name in options.models for line in lines(name, options)]
     runs = f"medians of {options.repeat} runs" if options.repeat > 1 else "one run of each"
+    slower = " and ".join(f"{SLOWER[name]:g} times ({TITLES[name]})" for name in options.models)
     print(
-        f"\n{date.today()}, EMULATED devices on {os.cpu_count()} cores, {options.steps} steps of Euler, "
-        f"{options.warmup} of warm-up, {runs}\n\n"
-        "| model | devices | plan | predicted, ms per step | measured, ms per step | difference | speed | at best |\n"
-        f"{'|---' * 8}|"
+        f"{date.today()}, EMULATED devices on {os.cpu_count()} cores, whose layers take {slower} as long as on the GPU "
+        f"of the profile; {options.steps} steps of Euler, {options.warmup} of warm-up, nothing rejected, {runs}",
+        flush=True,
     )
-    print("\n".join(table))
+    for name in options.models:
+        table = list(lines(name, options))
+        print("\n".join(["", HEAD, "|---" * 8 + "|", *table]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """A device that is not at hand, emulated: the layers of a denoiser take as long as a profile says, whatever is in them.
 
-A layer computes as ever and then waits until its time is over, as a process waits for a GPU. So many processes can be
+A layer computes as ever and then waits until its time is over. So many processes can be
 under way at once on few cores, each with a device of its own. All else is real: ComfyUI, ranks, messages, schedules.
 
 What is emulated is said by the environment variable LEAPFROG_EMULATED, which ranks inherit: the path of a profile (see

@@ -22,8 +22,8 @@ from dataclasses import dataclass, field
 from datetime import date
 from typing import Any
 
-from bench import CFG, TITLES
-from bench_machine import RANKS, devices, keep_memory, machine
+from bench import ALONE, ALONE_UNGUIDED, CFG, TITLES
+from bench_machine import CPU, RANKS, devices, keep_memory, machine
 from full_size import conditioning, load, sample
 from pack import ROOT, add_comfyui, load_pack
 
@@ -89,13 +89,13 @@ def plan_rows(model: Any, run: Callable[[Any, Any, float, int], Any], warmup: in
         return with_ranks(LanesPlan(devices(), lanes, warmup), cfg)
 
     return {
-        "ComfyUI alone": alone(CFG),
+        ALONE: alone(CFG),
         "Async UNet Split, exact": split("exact"),
         "Async UNet Split, lookahead": split("lookahead"),
         "Async UNet Split, asyncdiff": split("asyncdiff"),
         "CFG lanes": parastep(1, CFG),
         "ParaStep, 2 lanes": parastep(2, CFG),
-        "ComfyUI alone, CFG 1": alone(1.0),
+        ALONE_UNGUIDED: alone(1.0),
         "one rank, CFG 1": parastep(1, 1.0),
         "ParaStep, 2 lanes, CFG 1": parastep(2, 1.0),
     }
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small U-Net")
     options = parser.parse_args()
     keep_memory()
-    if devices()[0] == "cpu":
+    if devices()[0] == CPU:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     add_comfyui()
     load_pack()

@@ -1,4 +1,5 @@
-"""Emulates a device in every Python process that has this folder on its PYTHONPATH, for narrow models."""
+"""Emulates a device in every Python process that has this folder on its PYTHONPATH, and lets it load narrow models as
+`tests/rank_site` does: Python runs one sitecustomize only."""
 
 import sys
 from pathlib import Path

@@ -34,9 +34,18 @@ def test_a_layer_waits_for_what_is_left_of_its_time(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("count", range(2, 9))
 @pytest.mark.parametrize("guided", [True, False])
 def test_plans_use_all_devices(count: int, guided: bool):
-    found = dict(emulate.plans(("cpu",) * count, guided and count % 2 == 0, 2))
+    found = dict(emulate.plans(("cpu",) * count, guided, 2))
     assert len(found) >= 4
     for title, plan in found.items():
         assert len(plan.devices) == count, title
-        at_best = emulate.at_best(plan, 20, 2 if guided else 1)
+        at_best = emulate.at_best(plan, 20, 2 if guided else 1, Pace(1.0, rows=2, one_row=0.6))
         assert at_best == pytest.approx(1) if "exact" in title else at_best > 1.1, title
+
+
+def test_rows_that_are_divided_gain_no_more_than_a_device_takes_less_for_them():
+    pace = Pace(1.0, rows=2, one_row=0.8)
+    plans = dict(emulate.plans(("cpu",) * 2, True, 2))
+    assert emulate.at_best(plans["CFG lanes"], 20, 2, pace) == pytest.approx(1 / 0.8)
+    plans = dict(emulate.plans(("cpu",) * 4, True, 2))
+    alone = emulate.at_best(dict(emulate.plans(("cpu",) * 2, True, 2))["lookahead, N=2"], 20, 2, pace)
+    assert emulate.at_best(plans["lookahead, CFG lanes x N=2"], 20, 2, pace) == pytest.approx(alone / 0.8)
