@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from .schedules.simulate import Link, rounds_taken, run_seconds
 
 SPLIT_WARMUP = {"lookahead": 1, "extrapolated": 3, "asyncdiff": 3}
-"""Exact evaluations at the start in what was measured; lookahead's is the automatic one."""
+"""Exact evaluations at the start in what was measured; lookahead's is the automatic one, and takes as long as two."""
 
 
 @dataclass(frozen=True)

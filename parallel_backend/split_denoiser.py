@@ -101,8 +101,8 @@ class SplitDenoiser(RemoteDenoiser):
         """The schedule of lookahead in this run; None with a single component.
 
         As many evaluations are under way as there are components, whatever was rejected before: a wave that is thrown
-        away cost no time, because the components would have had nothing else to do. So the first predicted one starts
-        behind the last of the warm-up, as soon as the first component has done with that.
+        away cost no time, because the components would have had nothing else to do. The first predicted evaluation
+        follows the last one of the warm-up through the pipeline, so that the guard's has one less.
         """
         if self.components < 2:
             return None

@@ -144,18 +144,23 @@ class Component:
         }
         state.coming = {} if exact else coming
 
-        def arrival(position: int) -> list[torch.Tensor]:
-            """What the forward is to go on with of what that rank has sent."""
+        def arrive(position: int) -> None:
+            """Wait for what that rank has sent."""
             for awaited in (due, coming) if exact else (due,):
                 if position in awaited:
                     self._arrived(state, position, self._links.wait(awaited.pop(position)))
-            if (
-                exact and stream >= 0
-            ):  # the forward may change in place (ControlNet) what the next step needs as it came
-                return [t.clone() for t in state.latest[position]]
-            return _continued(state, position) if extrapolate and not exact else state.latest[position]
 
-        # Only where the forward gets to an absent unit does it wait: what comes before needs no other rank.
+        def arrival(position: int) -> list[torch.Tensor]:
+            """What the forward is to go on with of that."""
+            arrive(position)
+            if exact:
+                latest = state.latest[position]
+                # the forward may change in place (ControlNet) what the next step needs as it came
+                return [t.clone() for t in latest] if stream >= 0 else latest
+            return _continued(state, position) if extrapolate else state.latest[position]
+
+        # Only where the forward gets to an absent unit does it wait: what comes before needs no other rank. If it fails
+        # before, what is on its way is not awaited: the pool ends.
         self._arrival, self._answers, self._made = arrival, {}, {}
         result = None
         if now.last is not None or self._final:
@@ -171,7 +176,7 @@ class Component:
             self._links.send(self._peers[other], [t for u in wanted for t in _as_in_memory(now, u, self._made[u])])
         self._arrival, self._answers, self._made = None, {}, {}
         for position in {*due, *(coming if exact else ())}:
-            arrival(position)
+            arrive(position)
         drift = 0.0
         if measure:
             drift = max((_drift(state.latest[p], state.before.get(p)) for p in now.receives), default=0.0)

@@ -154,6 +154,8 @@ class Links:
         return Incoming(work, buffer, open_it)
 
     def wait(self, incoming: Incoming) -> list[torch.Tensor]:
+        if self._staging != self.device and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # until then it stands still for nobody
         began = self._mark()
         tensors = incoming.wait()
         self._waits.append((began, self._mark()))
