@@ -3,7 +3,8 @@
 The denoiser is a full-size Stable Diffusion 1.5 U-Net with random weights, made at run time. Each figure stands beside
 what the schedule could reach at best, its bound, and beside what was reachable here: the bound, less what independent
 processes take from each other on this machine. Among the rows are one device's own ways to be faster, ComfyUI's own
-MultiGPU CFG Split where there are GPUs, and the published ParaStep. ``--scaling`` and ``--ranks`` show how it scales.
+MultiGPU CFG Split where there are GPUs, and the published ParaStep. ``--scaling`` and ``--ranks`` show how it scales;
+``--batch`` has several steps as one batch on one device, of a CPU with all threads.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ def batches(options: argparse.Namespace) -> None:
 
     from leapfrog.nodes.rounds_sampler import RoundsSampler
     from leapfrog.parallel_backend import LanesPlan
+    from leapfrog.parallel_backend.devices import this_machine
     from leapfrog.parallel_backend.supervisor import close_all
 
     sys.path.append(str(ROOT / "tests"))
@@ -106,8 +108,9 @@ def batches(options: argparse.Namespace) -> None:
         "Stable Audio, narrow, latent 64x256": small("stable_audio", latent=(64, 256)),
         "Wan 2.1, narrow, latent 16x4x8x8": small("wan21", latent=(16, 4, 8, 8)),
     }
-    device = devices(1)[0]
-    what = torch.cuda.get_device_name() if device != CPU else "the CPU, one thread"
+    device, threads = devices(1)[0], this_machine().cores
+    torch.set_num_threads(threads)  # as many as the only rank on a CPU has
+    what = torch.cuda.get_device_name() if device != CPU else f"the CPU, {threads} threads"
     print(f"{date.today()}, one device ({what}), {options.steps} steps, CFG 1, nothing rejected")
     print("| model | lanes | rounds | seconds | speed | at best |")
     print("|---|---|---|---|---|---|", flush=True)
