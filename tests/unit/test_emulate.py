@@ -44,8 +44,7 @@ def test_plans_use_all_devices(count: int, guided: bool):
 
 def test_rows_that_are_divided_gain_no_more_than_a_device_takes_less_for_them():
     pace = Pace(1.0, rows=2, one_row=0.8)
-    plans = dict(emulate.plans(("cpu",) * 2, True, 2))
-    assert emulate.at_best(plans["CFG lanes"], 20, 2, pace) == pytest.approx(1 / 0.8)
-    plans = dict(emulate.plans(("cpu",) * 4, True, 2))
-    alone = emulate.at_best(dict(emulate.plans(("cpu",) * 2, True, 2))["lookahead, N=2"], 20, 2, pace)
-    assert emulate.at_best(plans["lookahead, CFG lanes x N=2"], 20, 2, pace) == pytest.approx(alone / 0.8)
+    two, four = (dict(emulate.plans(("cpu",) * count, True, 2)) for count in (2, 4))
+    assert emulate.at_best(two["CFG lanes"], 20, 2, pace) == pytest.approx(1 / 0.8)
+    together = emulate.at_best(two["lookahead, N=2"], 20, 2, pace)
+    assert emulate.at_best(four["lookahead, CFG lanes x N=2"], 20, 2, pace) == pytest.approx(together / 0.8)
