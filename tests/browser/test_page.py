@@ -130,7 +130,8 @@ def test_async_unet_split_says_what_to_expect_and_what_a_run_took(page: ComfyPag
     page.run(timeout=100)
     page.shoot("async_unet_split_text")
     before, _after = page.heard()["texts"]
-    assert re.fullmatch(r"Async UNet Split: at most 1\.[1-7]\dx \(20 steps, 2 components, the slowest .*\)", before)
+    promise = r"Async UNet Split: at most 1\.\d\dx \(20 steps, 2 components, the slowest takes \d+% of a step\).*"
+    assert re.fullmatch(promise, before)  # how much depends on unit times, measured beside a browser
     assert re.fullmatch(
         r"Async UNet Split: 20 denoiser calls \(3 exact, 17 ahead\) in [\d.]+ s on 2 ranks",
         page.text_on(WORKFLOWS["async_unet_split"]) or "",
