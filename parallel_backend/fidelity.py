@@ -50,8 +50,10 @@ TABLE: Table = {
 UNGUIDED: Table = {
     ("lookahead", 2): {8: Measured(52.1, 1.38), 20: Measured(58.6, 1.74), 50: Measured(57.9, 1.89)},
     ("lookahead", 4): {8: Measured(41.8, 1.29), 20: Measured(50.9, 2.15), 50: Measured(52.9, 3.39)},
+    ("lookahead", 8): {8: Measured(40.7, 1.36), 20: Measured(42.5, 2.26), 50: Measured(49.9, 4.08)},
     ("asyncdiff", 2): {8: Measured(31.2, 1.45), 20: Measured(33.7, 1.74), 50: Measured(38.7, 1.89)},
     ("asyncdiff", 4): {8: Measured(26.0, 1.88), 20: Measured(27.0, 2.76), 50: Measured(31.5, 3.39)},
+    ("asyncdiff", 8): {8: Measured(23.7, 2.21), 20: Measured(23.6, 3.90), 50: Measured(27.1, 5.63)},
     ("faithful", 2): {8: Measured(58.5, 1.05), 20: Measured(62.9, 1.54), 50: Measured(76.9, 1.85)},
     ("faithful", 4): {8: Measured(57.4, 1.05), 20: Measured(56.4, 1.82), 50: Measured(57.0, 2.94)},
     ("faithful", 8): {8: Measured(57.4, 1.05), 20: Measured(55.6, 1.82), 50: Measured(58.1, 3.39)},

@@ -152,8 +152,10 @@ def test_the_readme_says_what_was_measured_with_two_devices(named: str, way: str
         ("ParaStep as published, 8 lanes", "ParaStep as published", 8),
         ("lookahead, 2 components", "lookahead", 2),
         ("lookahead, 4 components", "lookahead", 4),
+        ("lookahead, 8 components", "lookahead", 8),
         ("AsyncDiff as published, 2 components", "AsyncDiff as published", 2),
         ("AsyncDiff as published, 4 components", "AsyncDiff as published", 4),
+        ("AsyncDiff as published, 8 components", "AsyncDiff as published", 8),
         ("6, 12, 27 steps on one device", "fewer steps", 0),
     ],
 )
