@@ -130,8 +130,9 @@ def test_async_unet_split_says_what_to_expect_and_what_a_run_took(page: ComfyPag
     page.run(timeout=100)
     page.shoot("async_unet_split_text")
     before, _after = page.heard()["texts"]
-    promise = r"Async UNet Split: at most 1\.\d\dx \(20 steps, 2 components, the slowest takes \d+% of a step\).*"
-    assert re.fullmatch(promise, before)  # how much depends on unit times, measured beside a browser
+    at_most = r"Async UNet Split: at most 1\.[0-7]\dx \(20 steps, 2 components, the slowest takes \d+% of a step\)"
+    # little, where unit times were measured beside a busy browser; when that is said, test_promise.py knows
+    assert re.fullmatch(rf"{at_most}(: not worth it here)?", before)
     assert re.fullmatch(
         r"Async UNet Split: 20 denoiser calls \(3 exact, 17 ahead\) in [\d.]+ s on 2 ranks",
         page.text_on(WORKFLOWS["async_unet_split"]) or "",
