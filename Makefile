@@ -42,7 +42,7 @@ bench-all: setup  ## the measured tables of speed in docs/results.md, and the si
 	@$(BIN)/python scripts/bench.py --ranks 3 --repeat 1
 	@$(BIN)/python scripts/bench.py --ranks 4 --repeat 1
 	@$(BIN)/python scripts/bench.py --batch --size 32 --steps 10 --warmup 1 --repeat 1
-	@$(BIN)/python scripts/validate.py --repeat 2
+	@$(BIN)/python scripts/validate.py
 	@$(BIN)/python scripts/emulate.py
 	@$(BIN)/python scripts/simulate.py --profile sd15 sd21 sdxl --device cpu
 	@$(BIN)/python scripts/simulate.py $(PROFILES)

@@ -46,19 +46,26 @@ COLOURS = {"exact": BLUE, "ahead": ORANGE, "async": RED, "one step": BLUE, "a ro
 
 @dataclass
 class Mode:
-    """One row of the table: a graph, what came out, and the trace of its last run. Seconds are of the sampling node."""
+    """One row of the table: a graph, what came out, and the trace of its last run. Seconds are of the sampling node;
+    ``alone`` are those that ComfyUI alone needed for the same prompt right before, because a machine changes its pace.
+    """
 
     name: str
     graph: dict[str, Any]
     ranks: int
     seconds: list[float] = field(default_factory=list)
+    alone: list[float] = field(default_factory=list)
     pictures: list[np.ndarray] = field(default_factory=list)
     trace: dict[str, Any] | None = None
 
+    @property
+    def speed(self) -> float:
+        return statistics.median(alone / own for alone, own in zip(self.alone, self.seconds, strict=True))
+
 
 def modes(devices: str, ranks: int, steps: int) -> list[Mode]:
-    """The rows. The last two are what a user has without us: as many steps as the same time buys, of the same solver
-    and of a better one."""
+    """The rows. The first is ComfyUI alone; the last two are what a user has without us: as many steps as the same time
+    buys, of the same solver and of a better one."""
     from leapfrog.parallel_backend import LanesPlan
 
     def graph(name: str, changes: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -100,17 +107,17 @@ def sampling_seconds(server: ComfyServer, prompt: str) -> float:
     return events[begin + 1].time - events[begin].time
 
 
-def run(server: ComfyServer, mode: Mode, seed: int, caption: str, keep: bool) -> None:
+def run(server: ComfyServer, mode: Mode, seed: int, caption: str) -> tuple[float, list[np.ndarray]]:
+    """Seconds of the sampling node, and the pictures."""
     mode.graph["positive"]["inputs"]["text"] = caption
     mode.graph["sample"]["inputs"].update(
         {name: seed for name in ("seed", "noise_seed") if name in mode.graph["sample"]["inputs"]}
     )
     prompt = server.queue(mode.graph)
     entry = server.wait(prompt, timeout=600)
-    if keep:
-        server.wait_event("execution_success", prompt)
-        mode.seconds.append(sampling_seconds(server, prompt))
-        mode.pictures += [np.asarray(Image.open(path).convert("RGB")) for path in server.outputs(entry)]
+    server.wait_event("execution_success", prompt)
+    pictures = [np.asarray(Image.open(path).convert("RGB")) for path in server.outputs(entry)]
+    return sampling_seconds(server, prompt), pictures
 
 
 def fidelity(mode: Mode, reference: Mode) -> tuple[float, float]:
@@ -122,14 +129,13 @@ def fidelity(mode: Mode, reference: Mode) -> tuple[float, float]:
 
 
 def table(rows: list[Mode]) -> list[str]:
-    alone = statistics.median(rows[0].seconds)
     lines = [f"{'':26}{'ranks':>6}{'seconds':>9}{'speed':>8}{'PSNR':>11}{'SSIM':>8}"]
     for mode in rows:
         seconds = statistics.median(mode.seconds)
         psnr, ssim = fidelity(mode, rows[0])
         shown = "same" if np.isinf(psnr) else f"{psnr:.1f} dB"
         ranks = str(mode.ranks) if mode.ranks else "-"
-        lines.append(f"{mode.name:26}{ranks:>6}{seconds:9.2f}{alone / seconds:7.2f}x{shown:>11}{ssim:8.4f}")
+        lines.append(f"{mode.name:26}{ranks:>6}{seconds:9.2f}{mode.speed:7.2f}x{shown:>11}{ssim:8.4f}")
     return lines
 
 
@@ -139,9 +145,7 @@ def draw(rows: list[Mode], path: Path) -> None:
     parts: Any = figure.subfigures(2, 1, height_ratios=[2.05 * len(rows), 0.75 * len(pooled) + 1.2])
     top, bottom = parts
     axes = top.subplots(len(rows), len(CAPTIONS), squeeze=False)
-    alone = statistics.median(rows[0].seconds)
     for row, mode in enumerate(rows):
-        speed = alone / statistics.median(mode.seconds)
         for column, picture in enumerate(mode.pictures[::BATCH]):
             ax = axes[row][column]
             ax.imshow(picture)
@@ -154,7 +158,7 @@ def draw(rows: list[Mode], path: Path) -> None:
                     psnr = peak_signal_noise_ratio(rows[0].pictures[column * BATCH], picture)
                 ax.set_xlabel("same picture" if np.isinf(psnr) else f"{psnr:.1f} dB", fontsize=8)
             if column == 0:
-                ax.set_ylabel(f"{mode.name.replace(', ', chr(10))}\n{speed:.2f}x", fontsize=9)
+                ax.set_ylabel(f"{mode.name.replace(', ', chr(10))}\n{mode.speed:.2f}x", fontsize=9)
     lines = bottom.subplots(len(pooled), 1, squeeze=False, sharex=True)[:, 0]
     for ax, mode in zip(lines, pooled, strict=True):
         timeline(ax, mode)
@@ -226,11 +230,15 @@ def main() -> int:
         with ComfyServer(*flags, output=options.out / "pictures", env=env) as server:
             for mode in rows:
                 print(f"  {mode.name}: {len(CAPTIONS)} prompts, {BATCH} pictures each", flush=True)
-                run(server, mode, 1, "a first run, to load and to start the ranks", keep=False)
+                run(server, mode, 1, "a first run, to load and to start the ranks")
                 for path in Path(traces).glob("*.json"):
                     path.unlink()
-                for seed, caption in enumerate(CAPTIONS):
-                    run(server, mode, 100 + seed, caption, keep=True)
+                for seed, caption in enumerate(CAPTIONS, 100):
+                    before = 0.0 if mode is rows[0] else run(server, rows[0], seed, caption)[0]
+                    seconds, pictures = run(server, mode, seed, caption)
+                    mode.seconds.append(seconds)
+                    mode.alone.append(before or seconds)
+                    mode.pictures += pictures
                 mode.trace = newest_trace(Path(traces))
     report = table(rows)
     print("\n".join(report))
@@ -242,6 +250,7 @@ def main() -> int:
     draw(rows, options.out / "first_picture.png")
     print(
         f"{options.steps} steps of Euler; seconds are of the sampling node, median of {len(CAPTIONS)} prompts; "
+        "speed is beside ComfyUI alone with the same prompt right before, the median, too; "
         f"PSNR and SSIM to ComfyUI alone, mean of {len(CAPTIONS) * BATCH} pictures."
     )
     print(f"Picture: {options.out / 'first_picture.png'}")
