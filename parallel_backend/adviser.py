@@ -122,7 +122,7 @@ class Advice:
             return "exact"
         if self.decibels is None:
             return "fidelity not measured"
-        return f"about {5 * int(self.decibels / 5)} dB or more"
+        return f"about {5 * int(self.decibels / 5)} dB on small models"
 
     @property
     def settings(self) -> str:

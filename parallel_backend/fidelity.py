@@ -25,6 +25,9 @@ class Measured:
     pace: float
 
 
+COUNTS = (8, 20, 50)
+"""Steps of what was measured."""
+
 # (mode or preset, components or lanes) -> steps -> what was measured.
 Table = dict[tuple[str, int], dict[int, Measured]]
 TABLE: Table = {
@@ -95,16 +98,18 @@ def expected(kind: str, degree: int, steps: int, guided: bool = True, sound: boo
     """What may be expected of a split in mode ``kind`` with so many components, or of ParaStep's preset with so many
     lanes; None where nothing like it was measured. ``guided``: with CFG above 1.
 
-    Between what was measured counts the harder case: the next higher degree, the next lower number of steps, more CFG.
+    Between what was measured counts the harder case: the next higher degree, more CFG, of the next lower and the next
+    higher number of steps the lower fidelity, and the pace of the lower number.
     """
     table = SOUND if sound else TABLE if guided else TABLE | UNGUIDED
     degrees = [known for name, known in table if name == kind and known >= degree]
-    counts = [known for known in (8, 20, 50) if known <= steps]
-    if not degrees or not counts:
+    if not degrees or steps < min(COUNTS):
         return None
-    harder, fewer = min(degrees), max(counts)
-    found = table[kind, harder][fewer]
-    return Expected(found.decibels, max(1.0, _pace_without_rejection(kind, harder, fewer) / found.pace))
+    harder, fewer = min(degrees), max(known for known in COUNTS if known <= steps)
+    more = min((known for known in COUNTS if known >= steps), default=fewer)
+    found = table[kind, harder]
+    decibels = min(found[fewer].decibels, found[more].decibels)
+    return Expected(decibels, max(1.0, _pace_without_rejection(kind, harder, fewer) / found[fewer].pace))
 
 
 def _pace_without_rejection(kind: str, degree: int, steps: int) -> float:

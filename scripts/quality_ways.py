@@ -165,7 +165,7 @@ class CacheWay:
         return f"EasyCache, threshold {self.threshold}"
 
     def made(self, bench: Bench, steps: int, part: range) -> Made:
-        """Counts the evaluations that were not skipped."""
+        """Counts the guided evaluations that were not skipped."""
         from comfy.patcher_extension import WrappersMP
         from comfy_extras.nodes_easycache import EasyCacheNode
 
@@ -187,13 +187,12 @@ class CacheWay:
         for at in part:
             evaluated.clear()
             made.append(bench.sampled(model, steps, bench.subject.sampler, range(at, at + 1)))
-            counts.append(len(evaluated))
+            counts.append(len(evaluated) / (1 if bench.cfg == 1 else 2))
         return Made(torch.cat(made).numpy(), counts)
 
     def speed(self, counts: Sequence[float], steps: int) -> float:
         """Infinite for a denoiser that EasyCache does not reach."""
-        conditionings = 2
-        return steps * len(counts) * conditionings / sum(counts) if any(counts) else math.inf
+        return steps * len(counts) / sum(counts) if any(counts) else math.inf
 
 
 SPLITS = (
