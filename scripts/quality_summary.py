@@ -23,15 +23,17 @@ ABOUT = """\
 
 Ideal speed, and PSNR in dB to ComfyUI alone with the same seed, sampler and steps, as the mean over the samples. *One
 device in that time*: the better of Euler and DPM++ 2M with as many steps as *ParaStep, balanced* leaves time for; a
-dash where that is not a whole step less. *EasyCache in that time*: with the mildest of its thresholds that is as fast;
-it does not reach the audio model, and needs no second device.
+dash where that is not a whole step less. *EasyCache in that time*: with the mildest of its thresholds that is as fast,
+a dash where none is; it does not reach the audio model, and needs no second device. Elsewhere a dash is what was not
+measured.
 
 Nothing is timed. The ideal speed of a split takes its parts to be equally long and counts exact evaluations whole;
 that of ParaStep counts rounds. A model whose parts are not equal is slower: of the small Flux here the longer of two
 takes 57 % of a step, which leaves lookahead 1.58x of 1.74x at 20 steps; full-size U-Nets are cut nearly evenly
 (results.md). PSNR of pictures that are the same counts as 120 dB. Warm-up is automatic with a guard and for
 lookahead; 3 steps for AsyncDiff and, without a guard, 3 for two lanes and 5 for more. *As published* is the schedule:
-AsyncDiff's cuts are ours, and it was published for up to four components.
+warm-up and AsyncDiff's cuts are ours, ParaStep's own code takes 5 or 13 exact steps of 50, and AsyncDiff was published
+for up to four components.
 
 Steps are what is computed in parallel here, on as many devices as there are lanes or components, as the nodes do with
 CFG 1. With CFG above 1 they first give each prompt a device, which is exact: two devices then draw the same picture,
@@ -59,7 +61,10 @@ def write_summary(folder: Path) -> None:
     runs = {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
     pages = {name: (folder / f"{name}.md").read_text().splitlines() for name in runs}
     titles = {name: page[0].removeprefix("# ") for name, page in pages.items()}
-    text = [ABOUT, *(f"* [{titles[name]}, {sampler_of(name)}]({name}.md): {pages[name][2]}" for name in runs)]
+    measured = {
+        name: page[2].partition("; since then")[0].removesuffix(". Nothing is timed.") for name, page in pages.items()
+    }
+    text = [ABOUT, *(f"* [{titles[name]}, {sampler_of(name)}]({name}.md): {measured[name]}." for name in runs)]
     for sampler in sorted({sampler_of(name) for name in runs}):
         models = {titles[name]: rows for name, rows in runs.items() if sampler_of(name) == sampler}
         text += ["", f"## {sampler}"]
