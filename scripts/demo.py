@@ -26,6 +26,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from comfy_server import ComfyServer
 from pack import BUILD, ROOT, add_comfyui, load_pack
+from quality_report import SAME
 
 GRAPHS = ROOT / "tests" / "graphs"
 OUT = BUILD / "demo"
@@ -121,10 +122,10 @@ def run(server: ComfyServer, mode: Mode, seed: int, caption: str) -> tuple[float
 
 
 def fidelity(mode: Mode, reference: Mode) -> tuple[float, float]:
-    """Mean PSNR in dB (infinite where every picture is the same) and mean SSIM against the reference's pictures."""
+    """Mean PSNR in dB and mean SSIM against the reference's pictures. PSNR of the same picture counts as ``SAME``."""
     pairs = list(zip(reference.pictures, mode.pictures, strict=True))
     with np.errstate(divide="ignore"):
-        psnr = [peak_signal_noise_ratio(a, b) for a, b in pairs]
+        psnr = [min(SAME, peak_signal_noise_ratio(a, b)) for a, b in pairs]
     return float(np.mean(psnr)), float(np.mean([structural_similarity(a, b, channel_axis=2) for a, b in pairs]))
 
 
@@ -133,7 +134,7 @@ def table(rows: list[Mode]) -> list[str]:
     for mode in rows:
         seconds = statistics.median(mode.seconds)
         psnr, ssim = fidelity(mode, rows[0])
-        shown = "same" if np.isinf(psnr) else f"{psnr:.1f} dB"
+        shown = "same" if psnr == SAME else f"{psnr:.1f} dB"
         ranks = str(mode.ranks) if mode.ranks else "-"
         lines.append(f"{mode.name:26}{ranks:>6}{seconds:9.2f}{mode.speed:7.2f}x{shown:>11}{ssim:8.4f}")
     return lines
@@ -251,7 +252,7 @@ def main() -> int:
     print(
         f"{options.steps} steps of Euler; seconds are of the sampling node, median of {len(CAPTIONS)} prompts; "
         "speed is beside ComfyUI alone with the same prompt right before, the median, too; "
-        f"PSNR and SSIM to ComfyUI alone, mean of {len(CAPTIONS) * BATCH} pictures."
+        f"PSNR and SSIM to ComfyUI alone, mean of {len(CAPTIONS) * BATCH} pictures; the same one counts as {SAME:g} dB."
     )
     print(f"Picture: {options.out / 'first_picture.png'}")
     return 0
