@@ -52,9 +52,9 @@ bench-all: setup  ## the measured tables of speed in docs/results.md, and the si
 WITHOUT_CFG := --models flux,unet,wan --cfg 1
 BY_DPM := --sampler dpmpp_2m --samples 8 --steps 20,50
 define without_cfg
-	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(1) --only "lookahead|as published|balanced$$|faithful$$|fast$$"
+	@$(BIN)/python scripts/quality.py $(WITHOUT_CFG) $(1) --only "lookahead|as published|balanced$$|faithful$$|fast$$|EasyCache"
 endef
-quality-all: setup  ## every table of docs/quality: some ten hours of two cores
+quality-all: setup  ## every table of docs/quality: some eleven hours of two cores
 	@$(BIN)/python scripts/quality.py
 	@$(BIN)/python scripts/quality.py --models flux,unet,wan --sampler dpmpp_2m --samples 8 --steps 20,30,50
 	$(call without_cfg,)
