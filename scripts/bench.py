@@ -198,7 +198,7 @@ def rows_of(options: argparse.Namespace, whole: Any) -> dict[str, Row]:
     if len(set(devices(ranks))) > 1:  # it counts CUDA devices only
         from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
 
-        native[NATIVE] = row(MultiGPUCFGSplitNode.execute(whole.clone(), 2).args[0], bound=2.0)
+        native[NATIVE] = row(MultiGPUCFGSplitNode.execute(whole.clone(), 2).args[0])
     return {
         ALONE: row(),
         "EasyCache, threshold 0.2": cached(CFG),
