@@ -164,6 +164,17 @@ def main() -> None:
     (batches if options.batch else scaling if options.scaling else run)(options)
 
 
+def each_speed(rows: dict[str, Row], name: str) -> list[float]:
+    """Of each repetition: how many times as fast as the row that this one is compared with."""
+    beside = rows[rows[name].beside].seconds
+    return [theirs / ours for theirs, ours in zip(beside, rows[name].seconds, strict=True)]
+
+
+def with_spread(speeds: list[float]) -> str:
+    among = f" ({min(speeds):.2f} to {max(speeds):.2f})" if len(speeds) > 1 else ""
+    return f"{statistics.median(speeds):.2f}x{among}"
+
+
 def rows_of(options: argparse.Namespace, whole: Any) -> dict[str, Row]:
     """The lines of the table."""
     import comfy.samplers
@@ -228,18 +239,20 @@ def scaling(options: argparse.Namespace) -> None:
     guided = (CFG_LANES, "Async UNet Split, lookahead")
     unguided = parallel(options)
     print(f"{date.today()}, {machine(options.ranks)}")
-    print(f"{TITLES[options.model]} U-Net, random weights, one run of each; else as in the first line")
+    print(f"{TITLES[options.model]} U-Net, random weights, medians of {options.repeat}; else as in the first line")
     print(f"| | {ALONE}, CFG {CFG:g} | {' | '.join(guided)} | {ALONE_UNGUIDED} | {unguided} |\n{'|---' * 6}|")
     whole = load(options.model)
     first = {"size": options.size, "pictures": options.pictures, "steps": options.steps}
     cases = [first, {"size": 8}, {"size": 32}, {"pictures": 2}, {"pictures": 4}, {"steps": 20}, {"steps": 50}]
     for changed in cases:
         rows = rows_of(argparse.Namespace(**vars(options) | changed), whole)
-        seconds = {}
-        for name in (ALONE, *guided, ALONE_UNGUIDED, unguided):
-            rows[name].run(2)  # the ranks load what this row needs, and measure for the cut
-            seconds[name] = rows[name].run(changed.get("steps", options.steps))[1]
-        speeds = {name: f"{seconds[rows[name].beside] / seconds[name]:.2f}x" for name in (*guided, unguided)}
+        shown = (ALONE, *guided, ALONE_UNGUIDED, unguided)
+        for _ in range(options.repeat):
+            for name in shown:
+                rows[name].run(2)  # the ranks load what this row needs, and measure for the cut
+                rows[name].seconds.append(rows[name].run(changed.get("steps", options.steps))[1])
+        seconds = {name: statistics.median(rows[name].seconds) for name in shown}
+        speeds = {name: with_spread(each_speed(rows, name)) for name in (*guided, unguided)}
         what = ", ".join(f"{key} {value}" for key, value in changed.items())
         print(
             f"| {what} | {seconds[ALONE]:.1f} s | {speeds[guided[0]]} | {speeds[guided[1]]} | "
@@ -295,7 +308,7 @@ def run(options: argparse.Namespace) -> None:
     for name, one in rows.items():
         beside, took = rows[one.beside], statistics.median(one.seconds)
         speed = statistics.median(beside.seconds) / took
-        each = [theirs / ours for theirs, ours in zip(beside.seconds, one.seconds, strict=True)]
+        each = each_speed(rows, name)
         apart = float((one.latent - beside.latent).norm() / beside.latent.norm())
         bound = f"{one.bound:.2f}x" if one.bound > 1.001 else ""
         reached = f"{speed / (one.bound / ranks * factor):.0%}" if bound else ""
