@@ -24,8 +24,8 @@ ABOUT = """\
 Ideal speed, and PSNR in dB to ComfyUI alone with the same seed, sampler and steps, as the mean over the samples. *One
 device in that time*: the better of Euler and DPM++ 2M with as many steps as *ParaStep, balanced* leaves time for; a
 dash where that is not a whole step less. *EasyCache in that time*: with the mildest of its thresholds that is as fast,
-a dash where none is; it does not reach the audio model, needs no second device, and with CFG 1 was measured with Euler
-on Flux and U-Net only. Elsewhere a dash is what was not measured.
+a dash where none is; it does not reach the audio model, and needs no second device. Elsewhere a dash is what was not
+measured.
 
 Nothing is timed. The ideal speed of a split takes its parts to be equally long and counts exact evaluations whole;
 that of ParaStep counts rounds. A model whose parts are not equal is slower: of the small Flux here the longer of two
