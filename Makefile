@@ -34,7 +34,7 @@ lint: setup
 bench: setup  ## speed on a denoiser heavy enough to tell
 	@$(BIN)/python scripts/bench.py
 
-bench-all: setup  ## the measured tables of speed in docs/results.md, and the simulated ones: more than an hour of a machine left alone
+bench-all: setup  ## the measured tables of speed in docs/results.md, and the simulated ones: some three hours of a machine left alone
 	@$(BIN)/python scripts/bench.py
 	@$(BIN)/python scripts/bench.py --model sd21 --repeat 1
 	@$(BIN)/python scripts/bench.py --only "2 lanes" --steps 50 --repeat 1

@@ -56,6 +56,22 @@ class Row:
     latent: Any = None
 
 
+def each_speed(rows: dict[str, Row], name: str) -> list[float]:
+    """Of each repetition: how many times as fast as the row that this one is compared with."""
+    beside = rows[rows[name].beside].seconds
+    return [theirs / ours for theirs, ours in zip(beside, rows[name].seconds, strict=True)]
+
+
+def spread(speeds: list[float]) -> str:
+    """The least and the most; empty for a single run."""
+    return f"{min(speeds):.2f} to {max(speeds):.2f}" if len(speeds) > 1 else ""
+
+
+def with_spread(speeds: list[float]) -> str:
+    among = spread(speeds)
+    return f"{statistics.median(speeds):.2f}x" + (f" ({among})" if among else "")
+
+
 def round_overheads_ms(folder: Path) -> tuple[list[float], list[float]]:
     """From the traces of runs: by how much each round, from writing its inputs to having its result, was longer than
     its slowest evaluation; and the times between the last rank's end of one and the first one's begin of the next."""
@@ -162,17 +178,6 @@ def main() -> None:
     checkpoint(options.model)  # gigabytes, written at first use
     torch.set_num_threads(1)
     (batches if options.batch else scaling if options.scaling else run)(options)
-
-
-def each_speed(rows: dict[str, Row], name: str) -> list[float]:
-    """Of each repetition: how many times as fast as the row that this one is compared with."""
-    beside = rows[rows[name].beside].seconds
-    return [theirs / ours for theirs, ours in zip(beside, rows[name].seconds, strict=True)]
-
-
-def with_spread(speeds: list[float]) -> str:
-    among = f" ({min(speeds):.2f} to {max(speeds):.2f})" if len(speeds) > 1 else ""
-    return f"{statistics.median(speeds):.2f}x{among}"
 
 
 def rows_of(options: argparse.Namespace, whole: Any) -> dict[str, Row]:
@@ -308,12 +313,11 @@ def run(options: argparse.Namespace) -> None:
     for name, one in rows.items():
         beside, took = rows[one.beside], statistics.median(one.seconds)
         speed = statistics.median(beside.seconds) / took
-        each = each_speed(rows, name)
         apart = float((one.latent - beside.latent).norm() / beside.latent.norm())
         bound = f"{one.bound:.2f}x" if one.bound > 1.001 else ""
         reached = f"{speed / (one.bound / ranks * factor):.0%}" if bound else ""
         own = one is beside
-        among = "" if own or len(each) == 1 else f"{min(each):.2f} to {max(each):.2f}"
+        among = "" if own else spread(each_speed(rows, name))
         shown = "" if own else f"{apart:.1e}" if apart else "0"
         print(f"| {name} | {took:.2f} | {speed:.2f}x | {among} | {bound} | {reached} | {shown} |")
         table.append({"name": name, "seconds": one.seconds, "speed": speed, "bound": one.bound, "difference": apart})
