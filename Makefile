@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
 ifdef COMFYUI_DIR  # a user's own checkout: nothing is written into it, no bytecode either
 export PYTHONDONTWRITEBYTECODE := 1
+else  # hundreds of processes import ComfyUI, which takes a second more where each compiles it
+export PYTHONDONTWRITEBYTECODE :=
 endif
 
 UNDISTURBED := tests/multirank tests/unit
