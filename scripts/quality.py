@@ -89,7 +89,8 @@ class Work:
         self._alone(*CONVERGED)  # once for all tables
         for degree, cut in self._cuts.items():
             modes = [EXACT, *self._modes] if degree == min(self._cuts) else self._modes
-            runs = [Run(replace(mode, degree=degree, cut=cut), n) for n in self._options.steps for mode in modes]
+            ways = [replace(mode, degree=degree, cut=cut) for mode in modes]
+            runs = [Run(way, n) for way in sorted(ways, key=lambda way: way.ranks) for n in self._options.steps]
             self._splits.append(self._start(runs, 2 * self._options.jobs // (degree * len(self._options.models))))
 
     def rows(self, steps: int) -> list[Row]:

@@ -167,8 +167,9 @@ def find_cut(subject: Subject, degree: int) -> str | None:
     from leapfrog.parallel_backend.units import find_units
 
     bench = bench_of(subject)
-    if degree > len(find_units(bench.ground.model.model.diffusion_model)):
-        return None
+    units = len(find_units(bench.ground.model.model.diffusion_model))
+    if degree >= units:
+        return None if degree > units else ",".join(map(str, range(1, degree)))
     _, traces = replace(EXACT, degree=degree).traced(bench, 1, range(1))
     close_all()
     held = [len(rank["units"]) for rank in traces[0]["otherData"]["ranks"]]
