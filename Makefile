@@ -62,7 +62,7 @@ quality-all: setup  ## every table of docs/quality: some eleven hours of two cor
 	$(call without_cfg,)
 	$(call without_cfg,$(BY_DPM))
 
-quality: setup  ## how close both nodes come to ComfyUI alone, on the trained models, in short: build/quality
+quality: setup  ## how close both nodes come to ComfyUI alone, on the trained models, in short, 41 minutes on two cores: build/quality
 	@$(BIN)/python scripts/quality.py --samples 4 --out build/quality
 
 families: setup  ## every architecture, U-Nets at full size: docs/families.md
