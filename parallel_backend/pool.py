@@ -71,7 +71,7 @@ class Call:
     and rank.
 
     ``step`` is which denoiser call of the run it is, from 1; 0 for anything else. ``answers`` are the types of reply
-    that the ranks may give.
+    that the ranks may give. ``answered``: the replies that somebody waited for are there; others may still come.
     """
 
     number: int
@@ -82,6 +82,7 @@ class Call:
     answers: dict[int, type[RankMessage]] = field(default_factory=dict)
     replies: dict[int, Any] = field(default_factory=dict)
     wanted: bool = True
+    answered: bool = False
 
     @property
     def complete(self) -> bool:
@@ -133,8 +134,11 @@ class Pool:
 
     @property
     def catching_up(self) -> bool:
-        """Whether ranks may still be at work on what nobody wants any more."""
-        return any(not call.wanted for call in self._calls.values())
+        """Whether ranks may still be at work on what nobody wants any more, for as long as that takes.
+
+        Who still owes its word on a call that has been answered is as good as done with it.
+        """
+        return any(not call.wanted and not call.answered for call in self._calls.values())
 
     def _become(self, state: State) -> bool:
         """Whether the state changed. A pool that has ended stays as it is, whoever was first to end it."""
@@ -272,6 +276,7 @@ class Pool:
                 if self._calls.get(call.number) is not call:
                     raise self._ended_meanwhile()
                 if all(rank in call.replies for rank in ranks if rank in call.ranks):
+                    call.answered = True
                     return call
             self._pump(deadline, tick)
 

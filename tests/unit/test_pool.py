@@ -438,3 +438,15 @@ class TestCatchUp:
         pool.wait([call], [0], 5.0, no_tick)
         assert pool.alive
         pool.done(call)
+
+    @pytest.mark.parametrize("answered", [False, True])
+    def test_who_owes_no_more_than_its_word_is_not_waited_for_longer(self, answered: bool):
+        """Whoever hangs there would otherwise be found out by the step timeout only."""
+        one, other = MadeUpRank(0), MadeUpRank(1)
+        pool = made_up(one, other)
+        call = ask(pool, 0, 1, step=1)
+        if answered:
+            other.says(Ok(call=call.number))
+            pool.wait([call], [1], 5.0, no_tick)
+        pool.done(call)
+        assert pool.catching_up == (not answered)
