@@ -84,8 +84,8 @@ class Work:
                 self._cuts[degree] = cut
 
     def start_splits(self) -> None:
-        """For all numbers of steps at once: ranks take seconds to start, and hold half a gigabyte each. All models'
-        together have about two ranks of each degree on a core."""
+        """For all numbers of steps at once, by the ranks of a way: they take seconds to start, and hold half a gigabyte
+        each. All models' together have about two ranks of each degree on a core."""
         self._alone(*CONVERGED)  # once for all tables
         for degree, cut in self._cuts.items():
             modes = [EXACT, *self._modes] if degree == min(self._cuts) else self._modes

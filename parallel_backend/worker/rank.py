@@ -82,7 +82,7 @@ def _start(spec: LaunchSpec, channel: HostLine) -> Rank:
 
     device = boot_comfy(spec.comfy_args)
     importlib.import_module(".models.denoiser", __package__)  # slow, so before the rank counts as ready
-    gc.freeze()  # what was imported stays, and a collection that looks at it takes as long as an evaluation
+    gc.freeze()  # what was imported stays, and a collection that looked at it would take some 0.3 s
     gc.enable()
     channel.send(Hello(store_port=port))
     join = channel.receive(None)
